@@ -1,0 +1,1253 @@
+"""catdiffusion: learn to draw cats by learning to remove noise. One file, to read and to use.
+
+Take a photo of a cat and add a little Gaussian noise. Add a little more, a thousand times over,
+and nothing of the cat is left: the end is pure noise, whatever the photo was. Each of these small
+steps can be undone, almost, by anyone who can guess which noise is in the picture. So we train a
+network to guess the noise. To draw a new cat we start from pure noise and undo the thousand steps
+one after the other. That is all of it: Ho, Jain, Abbeel 2020, "Denoising Diffusion Probabilistic
+Models" (arXiv:2006.11239), called "the paper" from here on. There is nothing too scary below.
+
+    python catdiffusion.py train                    # no pictures? it draws cats and learns those
+    python catdiffusion.py train --data ./cats      # yours; Ctrl-C, and the same line goes on
+    python catdiffusion.py sample -n 8              # eight new cats in samples/
+
+Notation, the paper's own (the paper counts t from 1 to T; the code, as code does, from 0 to T-1):
+
+    x0      x₀        a clean picture, (B, 3, H, W), values in [-1, 1]
+    t       t         how noisy: 0 is almost clean, T-1 is pure noise; (B,), integers
+    eps     ε         Gaussian noise, mean 0, variance 1, shaped like x0
+    x_t     x_t       the picture after t+1 steps of noising
+    beta    β_t       variance of the noise that step t adds
+    abar    ᾱ_t       alphas_cumprod: the share of the picture's variance that survives up to t
+
+@@REACHES@@
+"""
+
+import argparse
+import copy
+import importlib.util
+import io
+import json
+import math
+import os
+import random
+import signal
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageOps
+from torch import nn
+
+# ------------------------------------------------------------------------------------------------
+# Settings
+#
+# Everything that can be turned, with its default, its unit and the values it may have. The command
+# line is made from these two tables, so `--help` says what you read here. A checkpoint stores the
+# first one, and that is how `sample` knows which network to build.
+# ------------------------------------------------------------------------------------------------
+
+
+DEVICES = "auto", "tpu", "cuda", "mps", "xpu", "cpu"
+SAMPLERS = "ddim", "ddpm", "ddpm-large"
+
+
+def opt(default, help, *allowed, free=False):
+    """A field that is also a flag. allowed: least and most, or the words it may be; free: it may
+    differ when a stopped run is started again."""
+    return field(default=default, metadata={"help": help, "allowed": allowed, "free": free})
+
+
+@dataclass
+class Settings:
+    """learn to draw from pictures (the defaults suit 64 px and a machine without a GPU)"""
+
+    # the run
+    data: tuple = opt((), "folders of pictures, searched recursively; none: drawn cats")
+    run: str = opt("run", "folder for the checkpoint, previews and log", free=True)
+    steps: int = opt(0, "optimiser steps; 0: 50000, drawn cats 4000", 0, 10**8, free=True)
+    every: float = opt(5.0, "minutes between checkpoints with preview", 0.0, 1e6, free=True)
+    device: str = opt("auto", "auto, tpu, cuda, mps, xpu or cpu", *DEVICES, free=True)
+    seed: int = opt(0, "start of all randomness: same seed, same run", 0, 2**63)
+    # the network, see UNet
+    size: int = opt(0, "side of the pictures, px; 0: 64, drawn cats 32", 0, 1024)
+    channels: int = opt(32, "feature maps at full resolution, a multiple of 4", 8, 1024)
+    mults: tuple = opt((), "multiples of that at each halving; none: 1 2 4 4 for 64 px", 1, 64)
+    blocks: int = opt(1, "residual blocks at each resolution", 1, 16)
+    attention: tuple = opt((16,), "sides of the maps that get attention, px", 1, 64)
+    dropout: float = opt(0.0, "share of features dropped, 0.1 for few pictures", 0.0, 0.9)
+    # the recipe
+    batch: int = opt(32, "pictures per step", 1, 10**5)
+    accum: int = opt(1, "parts to cut a batch into, to save memory", 1, 10**5, free=True)
+    lr: float = opt(1e-3, "learning rate; 2e-4 for a network of the paper's size", 0.0, 1.0)
+    ema: float = opt(0.9999, "decay of the average of the weights, per step", 0.0, 1.0)
+    schedule: str = opt("cosine", "noise schedule, linear or cosine", "linear", "cosine")
+    prediction: str = opt("v", "what the network guesses, eps or v", "eps", "v")
+    # not on the command line: nobody would turn these
+    min_snr: float = 5.0  # limit of the loss weight, see Diffusion
+    timesteps: int = 1000  # T, the paper's
+    warmup: int = 200  # steps until the learning rate has its full height
+
+
+@dataclass
+class Drawing:
+    """draw with what was learned"""
+
+    checkpoint: str = opt(f"{Settings.run}/checkpoint.pt", "what train has learned")
+    n: int = opt(8, "pictures", 1, 10**6)
+    seed: int = opt(0, "another seed, other cats", 0, 2**63)
+    out: str = opt("samples/cat", "start of the files' names, or a folder")
+    gif: bool = opt(False, "also animate the denoising of the first batch")
+    device: str = opt("auto", "auto, tpu, cuda, mps, xpu or cpu", *DEVICES)
+    batch: int = opt(16, "pictures at once", 1, 10**4)
+    sampler: str = opt("ddim", "ddim; ddpm, the paper's; ddpm-large, its other variance", *SAMPLERS)
+    steps: int = opt(0, "network calls per picture; 0: 50 for ddim, else all", 0, 10**4)
+    eta: float = opt(0.0, "share of fresh noise in ddim, 0 to 1", 0.0, 1.0)
+
+
+class Failure(Exception):
+    """Something the user can mend: main() prints it as one line, without a traceback."""
+
+
+def brief(error):
+    """What an exception says, as one line of at most 80 characters."""
+    return " ".join(f"{error or type(error).__name__}".split())[:80]
+
+
+def as_tuples(values):
+    """A dict with its lists, which argparse and JSON like, as tuples."""
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+
+
+def check(table):
+    """Raise Failure if a value of a Settings or Drawing is not among those allowed."""
+    for f in (f for f in fields(table) if f.metadata.get("allowed")):
+        value, allowed = getattr(table, f.name), f.metadata["allowed"]
+        for v in value if isinstance(value, tuple) else (value,):
+            if isinstance(v, str) and v not in allowed:
+                raise Failure(f"--{f.name} {v}: must be one of {', '.join(allowed)}")
+            if not isinstance(v, str) and not allowed[0] <= v <= allowed[1]:  # NaN is not, either
+                raise Failure(f"--{f.name} {v}: must be from {allowed[0]} to {allowed[1]}")
+
+
+def complete(s):
+    """Settings with what was left to us filled in. Raises Failure if they do not fit together."""
+    check(s)
+    s.size = s.size or (64 if s.data else 32)
+    s.steps = s.steps or (50_000 if s.data else 4_000)
+    # One more floor for each doubling of the size, so that the lowest maps stay about 8 px.
+    s.mults = s.mults or (1,) * max(0, s.size.bit_length() - 7) + (1, 2, 4, 4)
+    sides = [s.size >> floor for floor in range(len(s.mults))]
+    if s.size % 2 ** (len(s.mults) - 1) or sides[-1] < 2:
+        raise Failure(f"--size {s.size}: cannot be halved {len(s.mults) - 1} times (see --mults)")
+    if s.attention == Settings.attention:
+        s.attention = tuple(a for a in s.attention if a in sides)
+    for a in set(s.attention) - set(sides):
+        raise Failure(f"--attention {a}: no map has that side, only {', '.join(map(str, sides))}")
+    if s.channels % 4:
+        raise Failure(f"--channels {s.channels}: must be a multiple of 4")
+    if s.batch % s.accum:
+        raise Failure(f"--accum {s.accum}: must divide --batch {s.batch}")
+    return s
+
+
+# ------------------------------------------------------------------------------------------------
+# Where to compute
+#
+# A TPU if there is one, else a GPU, else the processor. Every line that asks which it is stands in
+# this part; the rest of the file does not know. If you are here for the diffusion, skip to "Data".
+# ------------------------------------------------------------------------------------------------
+
+
+def pick_device(name="auto"):
+    """Turn `--device` into a torch.device. Raises Failure if the machine has no such thing."""
+    # torch_xla is imported only where a TPU is likely: merely having it installed changes nothing.
+    # PJRT_DEVICE=CPU with --device tpu walks the whole TPU path without one; that is how we test.
+    pjrt = os.environ.get("PJRT_DEVICE")
+    chips = [*Path("/dev").glob("accel[0-9]*"), *Path("/dev/vfio").glob("[0-9]*")]
+    likely = pjrt == "TPU" or (chips and not pjrt and importlib.util.find_spec("torch_xla"))
+    try:
+        if name == "tpu" or (name == "auto" and likely):
+            import torch_xla.runtime
+
+            if pjrt or torch_xla.runtime.device_type() == "TPU":
+                return torch_xla.device()
+        if name == "auto":
+            name = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+        return torch.zeros(1, device="xla" if name == "tpu" else name).device
+    except (ImportError, RuntimeError, AssertionError) as e:
+        raise Failure(f"--device {name}: not on this machine ({brief(e)}); try auto") from None
+
+
+def autocast(device):
+    """Matrix products in bf16 where the chip has them (about twice as fast), fp32 elsewhere.
+
+    bf16 has the range of fp32, so nothing overflows; fp16 has not, which is where the black
+    pictures in many issue trackers come from. Weights, loss, Adam and average stay in fp32.
+    """
+    fast = device.type in ("xla", "xpu")
+    if device.type == "cpu":
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    elif device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.autocast(device.type, torch.bfloat16, enabled=fast)
+
+
+def to_device(model, device):
+    """Move a network, its channels last in memory: fastest, but on XLA, which decides itself."""
+    layout = {} if device.type == "xla" else {"memory_format": torch.channels_last}
+    return model.to(device, **layout)
+
+
+def make_adam(parameters, lr, device):
+    """Adam (the paper, appendix B), its update as one kernel where torch has one.
+
+    On a TPU the learning rate and the step counter must be tensors: a number would be compiled
+    into the program, and every change of it would compile the program anew.
+    """
+    how = {"capturable": True} if device.type == "xla" else {"fused": True}
+    return torch.optim.Adam(parameters, lr=torch.tensor(lr, device=device), **how)
+
+
+def set_seed(device, *parts):
+    """Make all randomness from here on a function of `parts`, say (seed, step)."""
+    number = random.Random(repr(parts)).getrandbits(32)
+    torch.manual_seed(number)
+    if device.type == "xla":
+        sys.modules["torch_xla"].manual_seed(number)
+
+
+def end_of_step(device):
+    """A TPU only notes operations down; this is where it runs them, as one compiled program."""
+    if device.type == "xla":
+        sys.modules["torch_xla"].sync()
+
+
+def upsample(x):
+    """Twice the side by repeating each pixel, (B, C, H, W) -> (B, C, 2H, 2W)."""
+    if x.device.type != "xla":
+        return F.interpolate(x, scale_factor=2.0, mode="nearest")
+    b, c, h, w = x.shape  # interpolate's gradient is not in XLA and would leave the TPU
+    return x[:, :, :, None, :, None].expand(b, c, h, 2, w, 2).reshape(b, c, 2 * h, 2 * w)
+
+
+class GroupNorm(nn.GroupNorm):
+    """Group normalisation (Wu & He 2018): each group of channels to mean 0, variance 1.
+
+    torch's own, except on the CPU, where torch's is slow for channels-last memory: as written below
+    a training step of the default network at 64 px takes 0.7 times as long.
+    """
+
+    def forward(self, x):
+        if x.device.type != "cpu":
+            return super().forward(x)
+        return GroupNormOnCPU.apply(x, self.weight, self.bias, self.num_groups, self.eps)
+
+
+def group_sums(x, groups):  # (B, C, H, W) -> over the picture, in fp32: (B, groups, C / groups)
+    return x.sum(3).float().sum(2).view(len(x), groups, -1)
+
+
+def per_channel(x, values):  # (B, groups, C / groups or 1) -> (B, C, 1, 1), in x's type
+    shape = len(x), values.shape[1], x.shape[1] // values.shape[1]
+    return values.expand(shape).reshape(len(x), -1, 1, 1).to(x.dtype)
+
+
+class GroupNormOnCPU(torch.autograd.Function):
+    """y = (x − mean) / std · weight + bias by sums over rows and one multiply-add; its gradient."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, groups, eps):
+        weight, bias = weight.view(groups, -1), bias.view(groups, -1)
+        count = x[0].numel() // groups
+        mean = group_sums(x, groups).sum(2, keepdim=True) / count
+        square = group_sums(x * x, groups).sum(2, keepdim=True) / count
+        rstd = (square - mean * mean).clamp(min=0).add(eps).rsqrt()
+        ctx.save_for_backward(x, weight, mean, rstd)
+        scale, shift = rstd * weight, bias - mean * rstd * weight
+        return torch.addcmul(per_channel(x, shift), x, per_channel(x, scale))
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, mean, rstd = ctx.saved_tensors
+        groups, count = len(weight), x[0].numel() // len(weight)
+        dbias = group_sums(dy, groups)
+        dweight = (group_sums(dy * x, groups) - mean * dbias) * rstd
+        slope = -rstd * rstd * (dweight * weight).sum(2, keepdim=True) / count
+        const = -rstd * (dbias * weight).sum(2, keepdim=True) / count - slope * mean
+        dx = torch.addcmul(per_channel(x, const), x, per_channel(x, slope))
+        dx = torch.addcmul(dx, dy, per_channel(x, rstd * weight))
+        return dx, dweight.sum(0).view(-1), dbias.sum(0).view(-1), None, None
+
+
+# ------------------------------------------------------------------------------------------------
+# Data
+#
+# Pictures come in all shapes and states. We find them, cut out a square (never squash one: a
+# squashed cat teaches squashed cats), shrink it, and keep all of them as one block of bytes: at
+# 64 px, 12 KB a picture, 120 MB for 10,000. Decoding happens once, in threads. After that a batch
+# is one indexing operation, and no worker process is ever needed.
+# ------------------------------------------------------------------------------------------------
+
+SUFFIXES = ".jpg .jpeg .png .webp .bmp .gif".split()
+
+
+def find_pictures(folders):
+    """All picture files below `folders`, sorted, without hidden ones (such as macOS' ._cat.jpg)."""
+    found = []
+    for folder in folders:
+        if not Path(folder).is_dir():
+            raise Failure(f"--data {folder}: there is no such folder")
+        files = (Path(place, name) for place, _, names in os.walk(folder) for name in names)
+        found += sorted(f for f in files if f.suffix.lower() in SUFFIXES and f.name[0] != ".")
+    if not found:
+        raise Failure(f"--data {', '.join(folders)}: no {' '.join(SUFFIXES)} file there or below")
+    return found
+
+
+def face_box(path, width, height):
+    """The square around a cat's face by the `.cat` file beside a picture; None if there is none.
+
+    The CAT dataset (Zhang, Sun, Tang 2008) marks nine points, the eyes, the mouth and three on
+    each ear, as "9 x1 y1 ... x9 y9". Points may lie outside the picture; the square is moved, and
+    if need be shrunk, to lie inside. Raises ValueError if the file makes no sense.
+    """
+    if not os.path.exists(f"{path}.cat"):
+        return None
+    with open(f"{path}.cat", "rb") as file:
+        nine, *points = [int(word) for word in file.read(1000).split()] or [0]
+    xs, ys = points[0::2], points[1::2]
+    if nine != 9 or len(points) != 18:
+        raise ValueError("not '9 x1 y1 ... x9 y9'")
+    w, h = max(xs) - min(xs), max(ys) - min(ys)
+    if min(w, h) < 8 or max(w, h) > 2 * max(width, height):
+        raise ValueError("the points are no face")
+    side = min(1.25 * max(w, h), width, height)
+    left = (min(xs) + max(xs) - side) / 2
+    top = (min(ys) + max(ys) - side) / 2 + 0.1 * h  # the mouth is the lowest point: add a chin
+    left, top = min(max(left, 0), width - side), min(max(top, 0), height - side)
+    return left, top, left + side, top + side
+
+
+def read_picture(path, size):
+    """One file -> uint8 (size, size, 3), and what is wrong with its `.cat` file or "".
+
+    Grey, palette, CMYK and 16 bit become RGB, transparent becomes white, EXIF rotation is undone.
+    Raises whatever Pillow raises on a file that it cannot decode.
+    """
+    if not path.is_file():  # a named pipe would hang us
+        raise OSError("not a regular file")
+    with Image.open(path, formats=("JPEG", "PNG", "WEBP", "BMP", "GIF")) as image:
+        (width, height), orientation = image.size, image.getexif().get(0x0112, 1)
+        side, complaint = min(width, height), ""
+        left, top = (width - side) / 2, (height - side) / 2
+        box = left, top, left + side, top + side  # the centre, unless we know where the face is
+        try:
+            box = face_box(path, width, height) or box
+        except (ValueError, OSError) as e:
+            complaint = f".cat file ignored: {e}"
+        # A JPEG can be decoded at 1/2, 1/4 or 1/8 of its size, for a fraction of the time.
+        shrink = size / (box[2] - box[0])
+        image.draft(None, (math.ceil(width * shrink), math.ceil(height * shrink)))
+        box = [edge * image.width / width for edge in box]
+        if image.mode.startswith("I"):  # 16 bit
+            image = image.convert("I").point(lambda v: v / 257).convert("L")
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = image.convert("RGB").resize((size, size), Image.LANCZOS, box, reducing_gap=3)
+        image.getexif()[0x0112] = orientation
+        image = ImageOps.exif_transpose(image)
+    picture = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return picture.view(size, size, 3), complaint
+
+
+def load_pictures(folders, size):
+    """Every picture below `folders` -> uint8 (N, size, size, 3). Bad ones are named, not fatal."""
+
+    def attempt(path):
+        try:
+            return read_picture(path, size)
+        except Exception as e:  # a damaged file can make a decoder raise anything
+            return None, f"skipped: {e or type(e).__name__}"
+
+    paths = find_pictures(folders)
+    pictures, n, bad = torch.empty(len(paths), size, size, 3, dtype=torch.uint8), 0, []
+    pool = ThreadPoolExecutor(os.cpu_count())
+    try:
+        for i, (picture, complaint) in enumerate(pool.map(attempt, paths), 1):
+            if picture is not None:
+                pictures[n], n = picture, n + 1
+            if complaint:  # !a: no file name can play tricks on the terminal
+                bad.append(f"  {str(paths[i - 1])!a} {complaint[:100]!a}")
+            if i % 500 == 0 or i == len(paths):
+                show(f"decoding pictures, {i} of {len(paths)}", end=i == len(paths))
+    finally:
+        pool.shutdown(cancel_futures=True)  # Ctrl-C does not wait for the other files
+    if bad:
+        print(f"{len(paths) - n} of {len(paths)} pictures skipped, {len(bad)} complaints, such as:")
+        print("\n".join(bad[:5]))
+    if n == 0:
+        raise Failure(f"--data {', '.join(folders)}: none of the pictures can be decoded")
+    return pictures[:n]
+
+
+def draw_cat(rng, size):
+    """A cat of our own, for those who have no pictures: random.Random -> PIL image, size x size."""
+    furs = (235, 150, 70), (90, 90, 100), (240, 225, 205), (60, 45, 40), (160, 120, 85)
+    fur = [v + rng.randint(-15, 15) for v in rng.choice(furs)]
+    dark, light = [int(v * 0.6) for v in fur], [int(v / 2 + 125) for v in fur]
+    eyes = rng.choice([(120, 190, 70), (230, 180, 50), (90, 160, 220), (60, 170, 140)])
+    back = [rng.randint(60, 230) for _ in range(3)]
+    image = Image.new("RGB", (128, 128), tuple(back))  # drawn large, then shrunk: smooth edges
+    draw = ImageDraw.Draw(image)
+    x, y, r = 64 + rng.uniform(-8, 8), 68 + rng.uniform(-6, 6), rng.uniform(34, 42)
+
+    # In the head's own coordinates: (0, 0) is its middle, 1 its radius; both sides alike.
+    def blob(cx, cy, rx, ry, colour):
+        for side in (-1, 1):
+            mx, my = x + side * cx * r, y + cy * r
+            draw.ellipse((mx - rx * r, my - ry * r, mx + rx * r, my + ry * r), tuple(colour))
+
+    def shape(colour, *points):
+        for side in (-1, 1):
+            draw.polygon([(x + side * px * r, y + py * r) for px, py in points], tuple(colour))
+
+    draw.rectangle((0, rng.randint(80, 115), 128, 128), tuple(int(v * 0.75) for v in back))
+    blob(0, 1.9, 1.1, 1.3, fur)  # body, ears, head
+    tip = rng.uniform(1.2, 1.5)
+    shape(fur, (0.95, -0.1), (0.85, -tip), (0.2, -0.8))
+    shape((230, 160, 160), (0.82, -0.4), (0.78, 0.25 - tip), (0.4, -0.75))
+    blob(0, 0, 1.1, 0.95, fur)
+    if rng.random() < 0.6:  # a tabby's stripes
+        for k in (-1, 0, 1):
+            shape(dark, (k * 0.3 - 0.09, -0.9), (k * 0.3 + 0.09, -0.9), (k * 0.22, -0.4))
+            shape(dark, (1.08, 0.1 + k * 0.2), (1.02, 0.2 + k * 0.2), (0.7, 0.15 + k * 0.15))
+    if rng.random() < 0.6:
+        blob(0.12, 0.55, 0.35, 0.36, light)  # a white muzzle
+    wide = rng.uniform(0.15, 0.26)
+    blob(0.45, -0.1, 0.27, wide + 0.03, dark)
+    blob(0.45, -0.1, 0.24, wide, eyes)
+    blob(0.45, -0.1, 0.09, wide * 0.9, (15, 15, 15))
+    blob(0.49, -0.18, 0.05, 0.05, (255, 255, 255))
+    shape((215, 110, 120), (0, 0.3), (0.13, 0.3), (0, 0.45))  # nose, mouth, whiskers
+    shape((90, 50, 50), (0, 0.45), (0.03, 0.55), (0.22, 0.62), (0.2, 0.66), (0, 0.58))
+    for k in (-0.12, 0.02, 0.16):
+        shape((250, 250, 250), (0.3, 0.5 + k / 3), (1.35, 0.45 + k), (0.3, 0.52 + k / 3))
+    return image.resize((size, size), Image.LANCZOS)
+
+
+def draw_pictures(n, size):
+    """n drawn cats, always the same -> uint8 (n, size, size, 3)."""
+    cats = b"".join(draw_cat(random.Random(i), size).tobytes() for i in range(n))
+    return torch.frombuffer(bytearray(cats), dtype=torch.uint8).view(n, size, size, 3)
+
+
+def draw_batch(pictures, settings, step, device):
+    """Everything random in one training step, as a function of (seed, step) and nothing else.
+
+    That is why a run that was stopped and started again is the run that was never stopped.
+    Returns x0 (B, 3, H, W) in [-1, 1], t (B,), and eps shaped like x0.
+    """
+    set_seed(device, settings.seed, step)
+    b, timesteps = settings.batch, settings.timesteps
+    index, flip = torch.randint(len(pictures), (b,)), torch.rand(b) < 0.5
+    # NOTE the paper draws each t by itself. We draw one and spread the batch evenly over all t from
+    # there: each t is as likely as before, but no batch is all noise or all picture (Kingma et al.
+    # 2021, arXiv:2107.00630, appendix I).
+    t = ((torch.rand(1) + torch.arange(b)) / b * timesteps).long() % timesteps
+    x0 = pictures[index.to(pictures.device)]  # (B, H, W, 3), uint8
+    x0 = torch.where(flip.to(device)[:, None, None, None], x0.flip(2), x0)
+    x0 = x0.permute(0, 3, 1, 2).float() / 127.5 - 1
+    return x0, t.to(device), torch.randn(x0.shape, device=device)
+
+
+# ------------------------------------------------------------------------------------------------
+# Diffusion
+#
+# The heart of it, and it is only arithmetic: tables with one number per t, and five formulas. The
+# way in, q, adds noise and has nothing to learn. The way back is Bayes' rule: if x₀ were known, the
+# distribution of x_{t−1} given x_t would be a Gaussian that can be written down (q_posterior). We
+# do not know x₀, so a network guesses it, by guessing the noise.
+# ------------------------------------------------------------------------------------------------
+
+
+def at(table, t):
+    """table[t], shaped to multiply pictures: (T,), (B,) -> (B, 1, 1, 1)."""
+    return table[t].view(-1, 1, 1, 1)
+
+
+class Diffusion:
+    """The noise schedule and the formulas of the paper.
+
+    timesteps: T. schedule: "linear" (the paper) or "cosine" (Nichol & Dhariwal 2021). prediction:
+    what the network's output means, "eps" (the paper) or "v". min_snr: loss weight, 0 for none.
+    The tables are made in float64 on the CPU; `to(device)` brings them to the device in float32.
+    In the formulas t is (B,), the tables' values become (B, 1, 1, 1), pictures are (B, 3, H, W).
+    """
+
+    def __init__(self, timesteps=1000, schedule="linear", prediction="eps", min_snr=0.0):
+        self.timesteps, self.prediction = timesteps, prediction
+        if schedule == "linear":  # Section 4: from almost no noise a step to 2 % a step
+            betas = torch.linspace(1e-4, 0.02, timesteps, dtype=torch.float64)
+        else:
+            # NOTE cosine instead of the paper's line: the line is pure noise for its last quarter
+            # at small sizes. ᾱ follows cos² and β is read off it (arXiv:2102.09672, Eq. 17).
+            u = torch.arange(timesteps + 1, dtype=torch.float64) / timesteps
+            abar = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+            betas = (1 - abar[1:] / abar[:-1]).clamp(max=0.999)
+        self.betas = betas
+        self.alphas_cumprod = abar = torch.cumprod(1 - betas, 0)  # ᾱ_t = Π (1 − β_s)
+        abar_prev = torch.cat([abar.new_ones(1), abar[:-1]])  # ᾱ_{t−1}; before step 0: no noise
+
+        # Eq. 7: q(x_{t−1} | x_t, x₀) has mean coef1·x₀ + coef2·x_t and this variance, β̃_t.
+        self.posterior_mean_coef1 = betas * abar_prev.sqrt() / (1 - abar)
+        self.posterior_mean_coef2 = (1 - abar_prev) * (1 - betas).sqrt() / (1 - abar)
+        self.posterior_variance = betas * (1 - abar_prev) / (1 - abar)
+        # β̃_0 is 0, whose logarithm is −∞: repeat the next one, as Ho's code does.
+        clipped = torch.cat([self.posterior_variance[1:2], self.posterior_variance[1:]])
+        self.posterior_log_variance_clipped = clipped.log()
+        self.loss_weight = self.make_loss_weight(min_snr)
+
+    def make_loss_weight(self, min_snr):
+        """One weight per t; 1 everywhere is the paper's plain squared error (Eq. 14).
+
+        NOTE min-SNR (Hang et al. 2023, arXiv:2303.09556): count errors in x₀, weighted by the
+        signal-to-noise ratio ᾱ/(1−ᾱ) but at most min_snr, so that the faintest noise, which hardly
+        matters to the eye, does not take up the network. Divided by what turns an error of eps or
+        v into one of x₀.
+        """
+        snr = self.alphas_cumprod / (1 - self.alphas_cumprod)
+        per_x0 = snr if self.prediction == "eps" else snr + 1
+        return snr.clamp(max=min_snr) / per_x0 if min_snr else torch.ones_like(snr)
+
+    def to(self, device):
+        """All tables as float32 on `device`. Returns self."""
+        for name, value in vars(self).items():
+            if torch.is_tensor(value):
+                setattr(self, name, value.float().to(device))
+        return self
+
+    def q_sample(self, x0, t, eps):
+        """Jump straight to noise level t:  x_t = √ᾱ_t·x₀ + √(1−ᾱ_t)·ε   (Eq. 4)"""
+        abar = at(self.alphas_cumprod, t)
+        return abar.sqrt() * x0 + (1 - abar).sqrt() * eps
+
+    def predict_x0(self, x_t, t, eps):
+        """Solve Eq. 4 for the picture:  x̂₀ = (x_t − √(1−ᾱ_t)·ε) / √ᾱ_t   (Eq. 15; not clipped)"""
+        abar = at(self.alphas_cumprod, t)
+        return (x_t - (1 - abar).sqrt() * eps) / abar.sqrt()
+
+    def q_posterior(self, x0, x_t, t):
+        """One step back if x₀ is known (Eq. 6 and 7) -> mean, variance, clipped log variance."""
+        mean = at(self.posterior_mean_coef1, t) * x0 + at(self.posterior_mean_coef2, t) * x_t
+        variance = at(self.posterior_variance, t)
+        return mean, variance, at(self.posterior_log_variance_clipped, t)
+
+    # The paper's network guesses ε. Near pure noise that is too easy (the answer is the input) and
+    # says little about the picture: x̂₀ divides the error by √ᾱ_t, almost 0. The mixture
+    #
+    #     v = √ᾱ_t·ε − √(1−ᾱ_t)·x₀   (Salimans & Ho 2022, arXiv:2202.00512, appendix D)
+    #
+    # asks for the noise where there is little of it and for the picture where there is little of
+    # that. Draw √ᾱ_t, √(1−ᾱ_t) as cosine and sine: (x_t, v) is (x₀, ε) turned by that angle, so
+    # turning back gives x₀ without any division.
+
+    def target(self, x0, t, eps):
+        """What the network should answer: eps, or v."""
+        if self.prediction == "eps":
+            return eps
+        abar = at(self.alphas_cumprod, t)
+        return abar.sqrt() * eps - (1 - abar).sqrt() * x0
+
+    def x0_from(self, output, x_t, t):
+        """The picture that the network's answer implies, not clipped."""
+        if self.prediction == "eps":
+            return self.predict_x0(x_t, t, output)
+        abar = at(self.alphas_cumprod, t)
+        return abar.sqrt() * x_t - (1 - abar).sqrt() * output
+
+    def losses(self, model, x0, t, eps):
+        """The weighted squared error of each picture, (B,)."""
+        output = model(self.q_sample(x0, t, eps), t)
+        error = (output - self.target(x0, t, eps)).square().mean((1, 2, 3))
+        return self.loss_weight[t] * error
+
+    def loss(self, model, x0, t, eps):
+        """Eq. 14, the whole training objective:  mean of ‖ε − ε_θ(x_t, t)‖²"""
+        return self.losses(model, x0, t, eps).mean()
+
+
+# ------------------------------------------------------------------------------------------------
+# Network
+#
+# The paper's U-Net. A picture goes down a staircase of resolutions, each half the one before, and
+# up again; on the way up every floor also sees what it looked like on the way down. So the bottom
+# decides where the cat is, and the top still knows each hair. The noise level t is told to
+# every block. Fewer channels than the paper's, otherwise the same function: with the same weights
+# it computes what the published networks compute.
+# ------------------------------------------------------------------------------------------------
+
+
+def time_embedding(t, channels):
+    """Numbers 0..T-1 as waves of different lengths (Vaswani et al. 2017): (B,) -> (B, channels).
+
+    A network reads one number in the thousands badly, and many numbers in [-1, 1] well.
+    """
+    half = channels // 2
+    steps = torch.arange(half, dtype=torch.float32, device=t.device) / (half - 1)
+    angles = t.float()[:, None] * torch.exp(-math.log(10000) * steps)  # (B, half)
+    return torch.cat([angles.sin(), angles.cos()], 1)
+
+
+def norm(channels):
+    """The paper's 32 groups, from its 128 channels up.
+
+    NOTE below that, groups keep 4 channels as the paper's smallest do. 32 groups of 32 channels
+    would be one channel each, and a map alone with its own mean has lost its brightness.
+    """
+    groups = next(g for g in range(min(32, channels // 4), 0, -1) if channels % g == 0)
+    return GroupNorm(groups, channels, eps=1e-6)
+
+
+class ResBlock(nn.Module):
+    """Two convolutions and a short cut around them; t comes in between; attention if asked."""
+
+    def __init__(self, c_in, c_out, c_time, dropout=0.0, attention=False):
+        super().__init__()
+        self.norm1, self.conv1 = norm(c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.time = nn.Linear(c_time, c_out)
+        self.norm2, self.conv2 = norm(c_out), nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.dropout = nn.Dropout(dropout)
+        self.shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+        self.attention = Attention(c_out) if attention else nn.Identity()
+
+    def forward(self, x, time):  # (B, c_in, H, W), (B, c_time) -> (B, c_out, H, W)
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = h + self.time(F.silu(time))[:, :, None, None]
+        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        return self.attention(self.shortcut(x) + h)
+
+
+class Attention(nn.Module):
+    """Lets every pixel look at every other: how the left eye learns the colour of the right one.
+
+    Single-head self-attention. Only for small maps, as its cost grows with the fourth power of
+    the side.
+    """
+
+    def __init__(self, channels):
+        super().__init__()
+        self.norm = norm(channels)
+        self.q, self.k, self.v, self.out = (nn.Linear(channels, channels) for _ in range(4))
+
+    def forward(self, x):
+        b, c, h, w = x.shape
+        y = self.norm(x).flatten(2).transpose(1, 2)  # (B, HW, C): pixels as a list
+        q, k, v = self.q(y), self.k(y), self.v(y)
+        weights = (q @ k.transpose(1, 2) * c**-0.5).softmax(-1)  # (B, HW, HW): who looks at whom
+        y = self.out(weights.to(v.dtype) @ v)
+        return x + y.transpose(1, 2).reshape(b, c, h, w)
+
+
+class Downsample(nn.Conv2d):
+    """Half the side. Pads right and bottom only, as the paper's code does."""
+
+    def forward(self, x, time):
+        return super().forward(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Conv2d):
+    """Twice the side: repeat, then smooth. (Transposed convolutions leave checkerboards.)"""
+
+    def forward(self, x, time):
+        return super().forward(upsample(x))
+
+
+class UNet(nn.Module):
+    """forward(x, t): noisy pictures (B, 3, size, size), t (B,) -> the guess, shaped like x, fp32.
+
+    size: side of the pictures. channels: feature maps at full size; mults: multiples of that at
+    size, size/2, size/4, ...; blocks: residual blocks a floor (one more on the way up);
+    attention: sides of the maps that get it; the middle always does.
+    The paper's for 32 px: UNet(32, 128, (1, 2, 2, 2), 2, (16,), 0.1), 35,746,307 parameters.
+    """
+
+    def __init__(self, size, channels, mults, blocks, attention, dropout=0.0):
+        super().__init__()
+        self.size, self.channels = size, channels
+        c_time = 4 * channels
+        self.time = nn.Sequential(nn.Linear(channels, c_time), nn.SiLU(), nn.Linear(c_time, c_time))
+        self.conv_in = nn.Conv2d(3, channels, 3, padding=1)
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        c, skips = channels, [channels]  # skips: channels of what the way down leaves behind
+        for floor, mult in enumerate(mults):
+            here = size >> floor in attention
+            for _ in range(blocks):
+                self.down.append(ResBlock(c, channels * mult, c_time, dropout, here))
+                c = channels * mult
+                skips.append(c)
+            if floor < len(mults) - 1:
+                self.down.append(Downsample(c, c, 3, stride=2))
+                skips.append(c)
+        self.middle = nn.ModuleList(ResBlock(c, c, c_time, dropout, a) for a in (True, False))
+        for floor, mult in reversed(list(enumerate(mults))):
+            here = size >> floor in attention
+            for _ in range(blocks + 1):
+                self.up.append(ResBlock(c + skips.pop(), channels * mult, c_time, dropout, here))
+                c = channels * mult
+            if floor > 0:
+                self.up.append(Upsample(c, c, 3, padding=1))
+        self.norm_out, self.conv_out = norm(c), nn.Conv2d(c, 3, 3, padding=1)
+
+        # Ho's initialisation: Glorot's, but zero where a branch ends, so that each block begins by
+        # doing nothing, and the whole network by guessing zero.
+        ends = [m.conv2 for m in self.modules() if isinstance(m, ResBlock)]
+        ends += [m.out for m in self.modules() if isinstance(m, Attention)]
+        for m in self.modules():
+            if isinstance(m, (nn.Conv2d, nn.Linear)):
+                nn.init.xavier_uniform_(m.weight, gain=float(m not in [*ends, self.conv_out]))
+                nn.init.zeros_(m.bias)
+
+    def forward(self, x, t):
+        time = self.time(time_embedding(t, self.channels))
+        x = self.conv_in(x)
+        skips = [x]
+        for layer in self.down:
+            x = layer(x, time)
+            skips.append(x)
+        for layer in self.middle:
+            x = layer(x, time)
+        for layer in self.up:
+            if isinstance(layer, ResBlock):
+                x = torch.cat([x, skips.pop()], 1)
+            x = layer(x, time)
+        return self.conv_out(F.silu(self.norm_out(x))).float()
+
+
+# ------------------------------------------------------------------------------------------------
+# Averaging
+#
+# The weights of the last step still jitter from batch to batch. Their running average draws much
+# better pictures, and costs one multiply-add a step. The paper's decay of 0.9999 remembers some
+# 10,000 steps, though, and early on that would be mostly the random start: sampling from such an
+# average gives noise, and a good many people have taken that for a bug in their sampler. So the
+# memory grows with the run: after n steps it is about n/9 steps long, until the decay is reached.
+# ------------------------------------------------------------------------------------------------
+
+
+class EMA:
+    """Exponential moving average of a network's parameters; `.model` is the averaged network."""
+
+    def __init__(self, model, decay):
+        self.decay, self.model = decay, copy.deepcopy(model).eval().requires_grad_(False)
+
+    def update(self, model, n):
+        """average ← d·average + (1−d)·weights, with d = min(decay, (1+n)/(10+n)); n = 0, 1, ..."""
+        share = 1 - min(self.decay, (1 + n) / (10 + n))
+        share = torch.tensor(share).to(next(model.parameters()).device)  # a tensor: see make_adam
+        for mean, new in zip(self.model.parameters(), model.parameters()):
+            mean.lerp_(new.detach(), share)
+
+
+# ------------------------------------------------------------------------------------------------
+# Sampling
+#
+# Now backwards, from noise to cat. At each step the network looks at x_t and says which clean
+# picture it sees in there; early on that is a grey blur, the mean of all cats. We do not jump
+# there. We go to the next lower noise level on the way, look again, and see a little more.
+#
+# The paper's way (ancestral sampling, Algorithm 2) takes each of the 1000 steps and adds a little
+# fresh noise after each. DDIM (Song et al. 2021, arXiv:2010.02502) adds none, and so can take 50
+# large steps. Both are one formula: η = 1 gives the paper's, η = 0 gives DDIM.
+# ------------------------------------------------------------------------------------------------
+
+
+def ladder(diffusion, steps, spacing="noise"):
+    """The noise levels that a chain of `steps` network calls visits: T-1 first, then downwards.
+
+    spacing "time": every T/steps-th t, as most programs do it. "noise": even steps of the logarithm
+    of √(1−ᾱ)/√ᾱ, the noise in units of the picture, from 80 to 0.01. The cosine schedule passes
+    from "only the mean colour can be seen" to "nothing can be seen" within its last 30 t: 50 steps
+    even in t take that in two, and even a perfect network then loses 16 % of the contrast of the
+    mean colour, against 6 % with "noise" (worked out for Gaussian pictures).
+    """
+    whole = diffusion.timesteps
+    if spacing == "time" or steps == whole:
+        return [round(whole - k * whole / steps) - 1 for k in range(steps)]
+    abar = diffusion.alphas_cumprod.double().cpu()
+    noise = ((1 - abar) / abar).log() / 2  # (T,), rising
+    wanted = torch.linspace(math.log(80), math.log(0.01), steps, dtype=torch.float64)
+    rungs = [whole - 1]
+    for k, t in enumerate((noise - wanted[:, None]).abs().argmin(1).tolist()[1:], 1):
+        rungs.append(max(min(t, rungs[-1] - 1), steps - 1 - k))  # never the same t twice
+    return rungs
+
+
+@torch.no_grad()
+def sample(
+    model,
+    diffusion,
+    n=8,
+    sampler="ddim",
+    steps=50,
+    eta=0.0,
+    seed=0,
+    first=0,
+    clip=True,
+    spacing="noise",
+):
+    """Draw pictures first .. first+n-1 of `seed`; yields (t, x_t, x0) once per network call.
+
+    t: int, T-1 at first. x_t and x0: (n, 3, size, size), the noisy picture and the network's guess
+    of the clean one. After the last call nothing is left to remove: the last x0 is the result.
+    sampler: "ddim"; "ddpm", which is eta = 1; "ddpm-large", its other variance. Picture i of a seed
+    is the same whatever n and first. clip: keep guesses in [-1, 1]; spacing: see ladder.
+    """
+    device, rungs = next(model.parameters()).device, ladder(diffusion, steps, spacing)
+    # Each picture has its own source of noise, and on the CPU: so it is the same picture on another
+    # device and in another batch.
+    seeds = (random.Random(repr((seed, i))).getrandbits(32) for i in range(first, first + n))
+    sources = [torch.Generator().manual_seed(number) for number in seeds]
+
+    def fresh_noise():
+        shape = 3, model.size, model.size
+        return torch.stack([torch.randn(shape, generator=g) for g in sources]).to(device)
+
+    x_t = fresh_noise()
+    for t, t_next in zip(rungs, rungs[1:] + [-1], strict=True):
+        # as tensors: as Python numbers, each of their values would be compiled anew on a TPU
+        now, then = torch.tensor([[t], [t_next]]).repeat(1, n).to(device)
+        with autocast(device):
+            output = model(x_t, now)
+        x0 = diffusion.x0_from(output, x_t, now)
+        if clip:
+            x0 = x0.clamp(-1, 1)  # pictures have no other values: the guess can only get better
+        yield t, x_t, x0
+        x_t = step_back(diffusion, x_t, x0, now, then, sampler, eta, fresh_noise)
+        end_of_step(device)
+
+
+def step_back(diffusion, x_t, x0, t, t_next, sampler, eta, fresh_noise):
+    """From noise level t down to t_next, given a guess of x0 (Song et al. 2021, Eq. 12 and 16).
+
+    ᾱ' is ᾱ at t_next, and 1 below level 0; ε is what x_t holds beside the guessed x₀:
+
+        σ² = η² · (1−ᾱ')/(1−ᾱ) · (1−ᾱ/ᾱ')
+        x' = √ᾱ'·x₀ + √(1−ᾱ'−σ²)·ε + σ·z,    z fresh noise
+
+    For η = 1 and t_next = t − 1, σ² is β̃_t, and the first two terms are the mean of Eq. 7 written
+    differently: the tests show it. "ddpm-large" takes noise of variance β_t = 1−ᾱ/ᾱ' instead, the
+    paper's other choice, which is right only if no step is left out.
+    """
+    abar = at(diffusion.alphas_cumprod, t)
+    abar_next = at(diffusion.alphas_cumprod, t_next.clamp(min=0))
+    abar_next = torch.where(t_next.view(-1, 1, 1, 1) < 0, 1.0, abar_next)
+    eta = eta if sampler == "ddim" else 1.0
+    beta = 1 - abar / abar_next
+    sigma2 = eta**2 * (1 - abar_next) / (1 - abar) * beta
+    eps = (x_t - abar.sqrt() * x0) / (1 - abar).sqrt()
+    x = abar_next.sqrt() * x0 + (1 - abar_next - sigma2).clamp(min=0).sqrt() * eps
+    if eta == 0:
+        return x
+    noise = beta if sampler == "ddpm-large" else sigma2
+    return x + noise.sqrt() * (abar_next < 1) * fresh_noise()  # no noise after the last step
+
+
+# ------------------------------------------------------------------------------------------------
+# Pictures
+#
+# From tensors to something to look at: single pictures, a sheet of them, an animation, the curve of
+# the loss. All of it is Pillow.
+# ------------------------------------------------------------------------------------------------
+
+
+def to_images(x):
+    """Pictures (B, 3, H, W) in [-1, 1] -> list of PIL images."""
+    x = ((x.float().cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+    size = x.shape[2], x.shape[1]
+    return [Image.frombytes("RGB", size, bytes(picture.flatten().tolist())) for picture in x]
+
+
+def make_grid(images, columns=None, gap=2):
+    """Equally large PIL images -> one image of them all, row by row, about square."""
+    columns = columns or math.ceil(len(images) ** 0.5)
+    w, h = images[0].width + gap, images[0].height + gap
+    sheet = Image.new("RGB", (columns * w + gap, -(-len(images) // columns) * h + gap), "white")
+    for i, image in enumerate(images):
+        sheet.paste(image, (gap + i % columns * w, gap + i // columns * h))
+    return sheet
+
+
+def save_new(image, path, **how):
+    """Write an image, never over a different one: then its name gets a number. Returns the path."""
+    buffer, taken, n = io.BytesIO(), path, 1
+    image.save(buffer, path.suffix[1:], **how)
+    while path.exists() and path.read_bytes() != buffer.getvalue():
+        n, path = n + 1, taken.with_stem(f"{taken.stem}-{n + 1}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(buffer.getvalue())
+    return path
+
+
+def draw_curve(records, path, width=640, height=360):
+    """The loss over the steps, on a logarithmic scale, as a PNG; thin: by quarter of t."""
+    image = Image.new("RGB", (width, height), "white")
+    lines = [*zip(*(r["loss_by_quarter"] for r in records)), [r["loss"] for r in records]]
+    low, high = (pick(v or 1 for line in lines for v in line) for pick in (min, max))
+    text = f"loss {low:.2g} to {high:.2g}, steps {records[0]['step']} to {records[-1]['step']}"
+    ImageDraw.Draw(image).text((width - 300, 4), text, "black")
+    for k, (line, colour) in enumerate(zip(lines, ("blue", "green", "orange", "red", "black"))):
+        heights = (math.log(high / (v or 1)) / math.log(1.01 * high / low) * height for v in line)
+        points = [(i / len(line) * width, 20 + 0.9 * y) for i, y in enumerate(heights)]
+        ImageDraw.Draw(image).line(points, colour, 3 if k == 4 else 1)
+        name = "all" if k == 4 else f"t < {k + 1}/4 T"
+        ImageDraw.Draw(image).text((width - 70, 20 + 14 * k), name, colour)
+    image.save(path)
+
+
+# ------------------------------------------------------------------------------------------------
+# Checkpoint
+#
+# One file holds all there is to a run. It is written beside the old one, forced to the disk, and
+# only then given the old one's name, which either happens or does not: whatever stops us on the
+# way, a whole checkpoint is there. Loading allows tensors and plain values only, so a checkpoint
+# from a stranger cannot run code.
+# ------------------------------------------------------------------------------------------------
+
+FORMAT = "catdiffusion 1"
+
+
+def on_cpu(value):
+    """The same nest of dicts and lists with every tensor on the CPU."""
+    if isinstance(value, dict):
+        return {k: on_cpu(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [on_cpu(v) for v in value]
+    return value.detach().cpu() if torch.is_tensor(value) else value
+
+
+def save_checkpoint(path, state):
+    """Write state (settings, step, seconds, model, ema, optimizer) to path, whole or not at all."""
+    part = path.with_name(f"{path.name}.part")
+    with open(part, "wb") as file:
+        torch.save({"format": FORMAT, **on_cpu(state)}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+def read_checkpoint(path):
+    """What save_checkpoint wrote, tensors on the CPU, "settings" as Settings.
+
+    Raises Failure if there is no such file, or it is damaged or something else.
+    """
+    if not Path(path).is_file():
+        raise Failure(f"{path}: no such checkpoint; make one: python catdiffusion.py train")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if state["format"] != FORMAT:
+            raise ValueError(f"its format is {state['format']!r}, not {FORMAT!r}")
+        state["settings"] = complete(Settings(**as_tuples(state["settings"])))
+        return state
+    except Exception as e:  # a damaged file can raise anything
+        raise Failure(f"{path}: not a whole catdiffusion checkpoint ({brief(e)})") from None
+
+
+def load_parts(parts, state, path):
+    """state[name] into each part (a network, an optimiser). Raises Failure if one does not fit."""
+    try:
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+    except Exception as e:
+        raise Failure(f"{path}: its weights do not fit its settings ({brief(e)})") from None
+
+
+def build(s, device):
+    """The network and the diffusion that the settings `s` describe, on `device`."""
+    model = UNet(s.size, s.channels, s.mults, s.blocks, s.attention, s.dropout)
+    diffusion = Diffusion(s.timesteps, s.schedule, s.prediction, s.min_snr)
+    return to_device(model, device), diffusion.to(device)
+
+
+def load_checkpoint(path, device="cpu"):
+    """A trained network, ready for sample(): model with the averaged weights, diffusion, step."""
+    state = read_checkpoint(path)
+    model, diffusion = build(state["settings"], torch.device(device))
+    load_parts({"ema": model}, state, path)
+    return model.eval().requires_grad_(False), diffusion, state["step"]
+
+
+# ------------------------------------------------------------------------------------------------
+# Train
+#
+# Algorithm 1 of the paper, and the loop is as short as it looks there: draw pictures, noise levels
+# and noise; let the network guess; step against the gradient of the squared error. What stands
+# around it keeps the work safe and tells how it goes.
+# ------------------------------------------------------------------------------------------------
+
+REPORT = 50  # steps between two status lines
+
+
+def show(text, end=False):
+    """A status line: written over by the next in a terminal, a plain line each time elsewhere."""
+    if sys.stdout.isatty():
+        print(f"\r{text}\x1b[K", end="\n" if end else "", flush=True)
+    else:
+        print(text, flush=True)
+
+
+def train_step(model, diffusion, optimizer, lr, batch, accum, tally):
+    """One round of Algorithm 1: the gradient of the loss on `batch` (x0, t, eps), and Adam's step.
+
+    tally (3, 4) collects, without a word between device and CPU: losses and pictures by quarter of
+    t; and in its last row how many steps were skipped, in a row and in all.
+    """
+    for x0, t, eps in zip(*(part.chunk(accum) for part in batch), strict=True):
+        with autocast(x0.device):
+            losses = diffusion.losses(model, x0, t, eps)  # (B / accum,)
+        (losses.sum() / len(batch[0])).backward()
+        quarter = F.one_hot(t * 4 // diffusion.timesteps, 4).float()  # (B / accum, 4)
+        losses = losses.detach().nan_to_num(0, 0, 0)
+        tally[:2] += torch.stack([losses, torch.ones_like(losses)]) @ quarter
+
+    # One bad batch must not throw the network off its path: the gradient is cut to length 1, and if
+    # it is not even a number, the step is skipped: with no gradient, and no learning rate.
+    good = nn.utils.clip_grad_norm_(model.parameters(), 1.0).isfinite()
+    for parameter in model.parameters():
+        parameter.grad.nan_to_num_(0, 0, 0)
+    optimizer.param_groups[0]["lr"].copy_(torch.tensor(lr).to(good.device) * good)
+    optimizer.step()
+    optimizer.zero_grad()
+    bad = 1 - good.float()
+    tally[2] = torch.stack([(tally[2, 0] + 1) * bad, tally[2, 1] + bad, bad, bad])
+
+
+def preview(model, diffusion, pictures, path):
+    """Draw the same 16 pictures each time; save the sheet; return what to compare with the data.
+
+    Grey or tinted samples show in these numbers before the eye sees them.
+    """
+    *_, (_, _, x0) = sample(model, diffusion, 16)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    make_grid(to_images(x0)).save(path)
+    data = pictures[:: len(pictures) // 500 + 1].float() / 127.5 - 1
+    pairs = (("sample", x0), ("data", data))
+    means = {f"{name}_mean": round(x.mean().item(), 3) for name, x in pairs}
+    return means | {f"{name}_std": round(x.std().item(), 3) for name, x in pairs}
+
+
+class Progress:
+    """What a run tells of itself: the status line, and log.jsonl, a line of JSON per report."""
+
+    def __init__(self, settings, step, seconds):
+        self.settings, self.before, self.begun = settings, seconds, time.perf_counter()
+        self.log, self.more = Path(settings.run, "log.jsonl"), {}
+        lines = self.log.read_text().splitlines() if self.log.exists() else []
+        records = [json.loads(line) for line in lines if line.endswith("}")]
+        self.records = [r for r in records if r["step"] <= step]  # drop what was not saved
+        self.log.write_text("".join(json.dumps(r) + "\n" for r in self.records))
+        self.mark(step)
+
+    def mark(self, step):
+        """Measure the speed from here on."""
+        self.since = step, time.perf_counter()
+
+    def seconds(self):
+        """Of training, in all runs together."""
+        return self.before + time.perf_counter() - self.begun
+
+    def report(self, step, tally):
+        """Fetch the tally from the device, log it and show it. Raises Failure if all goes wrong."""
+        s, (losses, counts, (in_a_row, skipped, *_)) = self.settings, tally.tolist()
+        if in_a_row >= REPORT:
+            text = f"the loss was not a number {REPORT} steps in a row; {s.run} has the last good state"
+            raise Failure(f"{text}; begin anew with --run OTHER and a smaller --lr")
+        speed = (step - self.since[0]) * s.batch / (time.perf_counter() - self.since[1])
+        record = {"step": step, "minutes": round(self.seconds() / 60, 2)}
+        record["loss"] = sum(losses) / sum(counts)
+        record["loss_by_quarter"] = [a / max(1, b) for a, b in zip(losses, counts)]
+        record |= {"pictures_per_second": round(speed, 1), "skipped": int(skipped)} | self.more
+        self.records.append(record)
+        with open(self.log, "a") as file:
+            file.write(json.dumps(record) + "\n")
+        left = (s.steps - step) * s.batch / speed / 60
+        text = (
+            f"{step / s.steps:4.0%}  step {step}  loss {record['loss']:.4f}  {speed:.0f} pictures/s"
+        )
+        show(f"{text}  {left:.0f} min left" + f"  {skipped:.0f} skipped" * (skipped > 0))
+        tally[:2], self.more = 0, {}
+        self.mark(step)
+
+
+def differences(old, new):
+    """The settings in which a run that goes on would not be the same run."""
+    names = [f.name for f in fields(Settings) if not f.metadata.get("free")]
+    pairs = [(name, getattr(old, name), getattr(new, name)) for name in names]
+    return "; ".join(f"--{name} {a}, not {b}" for name, a, b in pairs if a != b)
+
+
+def train(settings):
+    """Train as `settings` say, going on from their checkpoint if there is one. Returns exit code."""
+    s, device, run = settings, pick_device(settings.device), Path(settings.run)
+    path, saved = run / "checkpoint.pt", {"step": 0, "seconds": 0.0}
+    if path.exists():
+        saved = read_checkpoint(path)
+        if other := differences(saved["settings"], s):
+            raise Failure(f"{path} was made with {other}; use that, or --run OTHER to begin anew")
+    step = saved["step"]
+    if step >= s.steps:
+        print(f"{path} has all its {step} steps; to go on, give --steps a larger number")
+        return 0
+    pictures = load_pictures(s.data, s.size) if s.data else draw_pictures(2000, s.size)
+    if len(pictures) < 1000:
+        print(f"note: {len(pictures)} pictures are few; below 1,000 or so a network repeats them")
+
+    set_seed(device, s.seed)
+    model, diffusion = build(s, device)
+    ema, optimizer = EMA(model, s.ema), make_adam(model.parameters(), s.lr, device)
+    parts = {"model": model, "ema": ema.model, "optimizer": optimizer}
+    if step:
+        load_parts(parts, saved, path)
+    run.mkdir(parents=True, exist_ok=True)
+    progress, pictures = Progress(s, step, saved["seconds"]), pictures.to(device)
+    million = sum(p.numel() for p in model.parameters()) / 1e6
+    text = f"{len(pictures)} pictures of {s.size} px, {million:.1f} M parameters, on {device}"
+    print(f"{text}, step {step} of {s.steps}; checkpoint, previews and log go to {run}")
+
+    def save(with_preview=True):
+        state = {name: part.state_dict() for name, part in parts.items()}
+        rest = {"settings": asdict(s), "step": step, "seconds": progress.seconds()}
+        save_checkpoint(path, state | rest)
+        if with_preview:
+            sheet = run / "previews" / f"{step:06}.png"
+            progress.more = preview(ema.model, diffusion, pictures, sheet)
+            if progress.records:
+                draw_curve(progress.records, run / "loss.png")
+            progress.mark(step)
+
+    signals = []  # Ctrl-C and SIGTERM only leave a note here, so that a step is always finished
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: signals.append(number))
+    tally = torch.zeros(3, 4, device=device)
+    due = progress.before + 60 * min(1, s.every)  # the first preview after a minute already
+    while step < s.steps and not signals:
+        batch = draw_batch(pictures, s, step, device)
+        lr = s.lr * min(1, (step + 1) / s.warmup)  # small while Adam's averages are young
+        train_step(model, diffusion, optimizer, lr, batch, s.accum, tally)
+        ema.update(model, step)
+        step += 1
+        end_of_step(device)
+        if step % REPORT == 0 or step == s.steps:
+            progress.report(step, tally)
+        if progress.seconds() >= due and step < s.steps:
+            save()
+            due = progress.seconds() + 60 * s.every
+    save(with_preview=not signals)
+    if signals:
+        show(f"stopped and saved at step {step}; the same command goes on from there", True)
+        return 128 + signals[0]  # 130 for Ctrl-C, 143 for SIGTERM
+    again = "" if s.run == Settings.run else f" --checkpoint {path}"
+    show(
+        f"done in {progress.seconds() / 60:.1f} minutes; now: python catdiffusion.py sample{again}",
+        True,
+    )
+    return 0
+
+
+# ------------------------------------------------------------------------------------------------
+# Sample
+#
+# The other command. The checkpoint knows its network, so nothing has to be said twice.
+# ------------------------------------------------------------------------------------------------
+
+
+def draw(d):
+    """Draw pictures as `d` (a Drawing) says. Returns the exit code."""
+    check(d)
+    model, diffusion, learned = load_checkpoint(d.checkpoint, pick_device(d.device))
+    whole = diffusion.timesteps
+    steps = d.steps or (50 if d.sampler == "ddim" else whole)
+    if steps > whole or (d.sampler == "ddpm-large" and steps < whole):
+        raise Failure(f"--steps {steps}: at most {whole} here, and for ddpm-large no fewer")
+    stem = Path(d.out, "cat") if d.out.endswith("/") or Path(d.out).is_dir() else Path(d.out)
+    stem = f"{stem}-{d.seed}"
+    images, frames, begun = [], [], time.perf_counter()
+    for first in range(0, d.n, d.batch):
+        count = min(d.batch, d.n - first)
+        chain = sample(model, diffusion, count, d.sampler, steps, d.eta, d.seed, first)
+        for k, (_, x_t, x0) in enumerate(chain, 1):
+            show(f"pictures {first + 1} to {first + count} of {d.n}, network call {k} of {steps}")
+            if d.gif and first == 0 and (k % -(-steps // 50) == 0 or k == steps):
+                pair = make_grid(to_images(x_t)), make_grid(to_images(x0))  # noisy, and the guess
+                frames.append(make_grid(pair, columns=2, gap=6))
+        for image in to_images(x0):
+            save_new(image, Path(f"{stem}-{len(images):04}.png"))
+            images.append(image)
+    names = [save_new(make_grid(images), Path(f"{stem}-grid.png"))]
+    if d.gif:
+        times = [80] * (len(frames) - 1) + [3000]  # milliseconds a frame
+        film = {"save_all": True, "append_images": frames[1:], "duration": times, "loop": 0}
+        names.append(save_new(frames[0], Path(f"{stem}.gif"), **film))
+    text = (
+        f"{d.n} pictures in {time.perf_counter() - begun:.1f} s by {d.checkpoint}, step {learned}"
+    )
+    show(f"{text}: {stem}-*.png, {', '.join(map(str, names))}", end=True)
+    return 0
+
+
+# ------------------------------------------------------------------------------------------------
+# Command line
+#
+# Two commands, made from the two tables of settings at the top. What is wrong with what was typed
+# is told in one line on standard error, with exit code 2; a bug of ours shows its traceback.
+# ------------------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but its errors are ours: one line, not the whole usage."""
+
+    def error(self, message):
+        raise Failure(f"{message}; see {self.prog} --help")
+
+
+def parser():
+    """The command line: a subcommand for each table, a flag for each field with a help text."""
+    top = Parser(prog="catdiffusion.py", description=__doc__.split("\n")[0], allow_abbrev=False)
+    commands = top.add_subparsers(dest="command", required=True)
+    for name, table in (("train", Settings), ("sample", Drawing)):
+        command = commands.add_parser(name, help=table.__doc__, allow_abbrev=False)
+        for f in (f for f in fields(table) if f.metadata):
+            flag, allowed = "-n" if f.name == "n" else f"--{f.name}", f.metadata["allowed"]
+            told = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
+            how = {"type": type(allowed[0]) if allowed else str, "metavar": "X"}
+            how |= {"nargs": "*"} if isinstance(f.default, tuple) else {}
+            how = {"action": "store_true"} if f.default is False else how
+            help = f"{f.metadata['help']} (default: {told})"
+            command.add_argument(flag, default=f.default, help=help, **how)
+    return top
+
+
+def main(argv=None):
+    """Run the command line `argv` (without the program's name). Returns the exit code."""
+    try:
+        given = as_tuples(vars(parser().parse_args(argv)))
+        if given.pop("command") == "sample":
+            return draw(Drawing(**given))
+        return train(complete(Settings(**given)))
+    except Failure as e:
+        message, code = e, 2
+    except OSError as e:  # the disk is full, the folder may not be written, ...
+        message, code = f"{e.filename or 'writing'}: {e.strerror}", 2
+    except KeyboardInterrupt:
+        message, code = "interrupted", 130
+    print(f"catdiffusion: {message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,766 @@
+"""Tests of catdiffusion, to be read after it: what each formula promises, checked from outside.
+
+    python -m pytest -q test_catdiffusion.py
+
+Nothing here trains a good network: the formulas are checked against numbers from the literature,
+against Bayes' rule worked out by brute force, and against chains whose end is known exactly. The
+rest runs the two commands on cats drawn on the spot, in a temporary folder.
+"""
+
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+import catdiffusion as cd
+
+SMALL = "--size 16 --channels 8 --mults 1 2 --attention 8 --batch 4 --every 1000".split()
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def small_unet(seed=0):
+    torch.manual_seed(seed)
+    model = cd.UNet(16, 8, (1, 2), 1, (8,))
+    for p in model.parameters():  # at the start the output is zero: give it something to say
+        nn.init.normal_(p, std=0.1)
+    return model
+
+
+def run(*words):
+    return cd.main([str(w) for w in words])
+
+
+# ------------------------------------------------------------------------------------------------
+# The noise schedule
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "table, t, value",
+    [
+        ("alphas_cumprod", 0, 0.9999),
+        ("alphas_cumprod", 499, 0.07858724288177824),
+        ("alphas_cumprod", 999, 4.035829765375676e-05),
+        ("posterior_variance", 0, 0.0),
+        ("posterior_variance", 1, 5.4531876613021935e-05),
+        ("posterior_log_variance_clipped", 0, -9.81672513529567),
+        ("posterior_log_variance_clipped", 1, -9.81672513529567),
+        ("posterior_mean_coef1", 1, 0.5452914995102903),
+        ("posterior_mean_coef2", 1, 0.4547084989905303),
+        ("posterior_mean_coef1", 999, 0.00012835148717224682),
+        ("posterior_mean_coef2", 999, 0.9899486782675173),
+    ],
+)
+def test_the_papers_tables_have_the_papers_numbers(table, t, value):
+    assert getattr(cd.Diffusion(), table)[t].item() == pytest.approx(value, rel=1e-12)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_a_schedule_goes_from_picture_to_noise(schedule):
+    d = cd.Diffusion(schedule=schedule)
+    assert d.betas.dtype == torch.float64 and len(d.betas) == 1000
+    assert (d.betas > 0).all() and (d.betas <= 0.999).all()
+    assert (d.alphas_cumprod.diff() < 0).all()
+    assert d.alphas_cumprod[0] > 0.999 and d.alphas_cumprod[-1] < 1e-4
+
+
+def test_cosine_is_the_published_curve():
+    abar = cd.Diffusion(schedule="cosine").alphas_cumprod
+    for t in (0, 100, 499, 900):  # Nichol & Dhariwal 2021, Eq. 17, written out again
+        f = [math.cos((u / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2 for u in (t + 1, 0)]
+        assert abar[t].item() == pytest.approx(f[0] / f[1], rel=1e-9)
+
+
+def test_min_snr_weights():
+    for prediction in ("eps", "v"):
+        d = cd.Diffusion(schedule="cosine", prediction=prediction, min_snr=5.0)
+        for t in (10, 400, 500, 950):
+            snr = (d.alphas_cumprod[t] / (1 - d.alphas_cumprod[t])).item()
+            expected = min(snr, 5) / (snr if prediction == "eps" else snr + 1)
+            assert d.loss_weight[t].item() == pytest.approx(expected)
+    assert (cd.Diffusion().loss_weight == 1).all()
+
+
+# ------------------------------------------------------------------------------------------------
+# The formulas
+# ------------------------------------------------------------------------------------------------
+
+
+def test_q_sample_is_many_small_steps_at_once():
+    """Eq. 2 applied t+1 times gives the mean and variance that Eq. 4 states."""
+    d, t = cd.Diffusion(), 300
+    mean, variance = 1.0, 0.0
+    for beta in d.betas[: t + 1].tolist():
+        mean, variance = mean * (1 - beta) ** 0.5, variance * (1 - beta) + beta
+    one, zero = torch.ones(1, 1, 1, 1).double(), torch.zeros(1, 1, 1, 1).double()
+    ts = torch.tensor([t])
+    assert d.q_sample(one, ts, zero).item() == pytest.approx(mean)
+    assert d.q_sample(zero, ts, one).item() == pytest.approx(variance**0.5)
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+def test_a_perfect_answer_gives_back_the_picture(prediction):
+    d = cd.Diffusion(schedule="cosine", prediction=prediction)
+    x0, eps = torch.rand(5, 3, 4, 4).double() * 2 - 1, torch.randn(5, 3, 4, 4).double()
+    t = torch.tensor([0, 1, 500, 990, 998])
+    x_t = d.q_sample(x0, t, eps)
+    torch.testing.assert_close(d.x0_from(d.target(x0, t, eps), x_t, t), x0, rtol=0, atol=1e-8)
+    torch.testing.assert_close(d.predict_x0(x_t, t, eps), x0, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("t", [1, 2, 50, 500, 999])
+def test_q_posterior_is_bayes_rule(t):
+    """p(x_{t-1} | x_t, x0) ∝ q(x_t | x_{t-1}) q(x_{t-1} | x0), summed up on a fine grid."""
+    d, x0, x_t = cd.Diffusion(), 0.4, 0.7
+    beta, abar_prev = d.betas[t].item(), d.alphas_cumprod[t - 1].item()
+    grid = torch.linspace(-8, 8, 2_000_001, dtype=torch.float64)
+    log_p = -((x_t - (1 - beta) ** 0.5 * grid) ** 2) / (2 * beta)
+    log_p += -((grid - abar_prev**0.5 * x0) ** 2) / (2 * (1 - abar_prev))
+    p = (log_p - log_p.max()).exp()
+    p /= p.sum()
+    mean = (p * grid).sum()
+    variance = (p * (grid - mean) ** 2).sum()
+    x0, x_t = (torch.full((1, 1, 1, 1), v).double() for v in (x0, x_t))
+    got_mean, got_variance, got_log = d.q_posterior(x0, x_t, torch.tensor([t]))
+    assert got_mean.item() == pytest.approx(mean.item(), rel=1e-6)
+    assert got_variance.item() == pytest.approx(variance.item(), rel=1e-6)
+    assert got_log.item() == pytest.approx(variance.log().item(), rel=1e-6)
+
+
+def test_one_step_back_with_eta_1_is_the_papers_posterior():
+    d, z = cd.Diffusion(), torch.randn(3, 3, 4, 4).double()
+    x0, x_t = torch.randn(2, 3, 3, 4, 4).double().unbind()
+    t = torch.tensor([1, 300, 999])
+    mean, variance, _ = d.q_posterior(x0, x_t, t)
+    for sampler, v in (("ddpm", variance), ("ddpm-large", cd.at(d.betas, t))):
+        got = cd.step_back(d, x_t, x0, t, t - 1, sampler, 0.0, lambda: z)
+        torch.testing.assert_close(got, mean + v.sqrt() * z)
+    got = cd.step_back(d, x_t, x0, t, t - 1, "ddim", 1.0, lambda: z)
+    torch.testing.assert_close(got, mean + variance.sqrt() * z)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "ddpm-large"])
+def test_no_noise_after_the_last_step(sampler):
+    x0, x_t = torch.randn(2, 1, 3, 4, 4).double().unbind()
+    last, below, loud = torch.tensor([0]), torch.tensor([-1]), torch.full((1, 3, 4, 4), 1e6)
+    got = cd.step_back(cd.Diffusion(), x_t, x0, last, below, sampler, 1.0, lambda: loud)
+    torch.testing.assert_close(got, x0)
+
+
+def chain_std(d, rungs, sampler, std, eta=0.0):
+    """The exact standard deviation at the end of a chain if the data is N(0, std²) per value.
+
+    The ideal guess is then linear, x0 = √ᾱ·std²/(ᾱ·std² + 1−ᾱ)·x_t, so a step is x' = a·x + b·z,
+    and a and b can be read off the program's own step by feeding it ones and zeros.
+    """
+    one, zero = torch.ones(1, 1, 1, 1).double(), torch.zeros(1, 1, 1, 1).double()
+    variance = 1.0
+    for t, t_next in zip(rungs, rungs[1:] + [-1]):
+        abar = d.alphas_cumprod[t]
+        guess = abar.sqrt() * std**2 / (abar * std**2 + 1 - abar)
+        now, then = torch.tensor([t]), torch.tensor([t_next])
+        a = cd.step_back(d, one, guess * one, now, then, sampler, eta, lambda: zero).item()
+        b = cd.step_back(d, zero, zero, now, then, sampler, eta, lambda: one).item()
+        variance = a * a * variance + b * b
+    return variance**0.5
+
+
+def test_the_whole_chain_ends_where_theory_says():
+    d = cd.Diffusion()
+    rungs = cd.ladder(d, 1000)
+    assert chain_std(d, rungs, "ddpm-large", 1.0) ** 2 == pytest.approx(0.9999, abs=5e-5)
+    assert chain_std(d, rungs, "ddpm", 1.0) ** 2 == pytest.approx(0.9911, abs=5e-5)
+    assert chain_std(d, rungs, "ddim", 1.0, eta=1.0) ** 2 == pytest.approx(0.9911, abs=5e-5)
+    assert chain_std(d, rungs, "ddim", 1.0) == pytest.approx(1.0, abs=2e-3)
+
+
+def test_the_ladder_keeps_the_contrast():
+    """The figures of ladder()'s docstring; 14 is the mean colour of a 64 px picture, times 64."""
+    d = cd.Diffusion(schedule="cosine")
+    kept = {s: chain_std(d, cd.ladder(d, 50, s), "ddim", 14.0) / 14 for s in ("time", "noise")}
+    assert kept["time"] == pytest.approx(0.84, abs=0.01)
+    assert kept["noise"] == pytest.approx(0.94, abs=0.01)
+
+
+# ------------------------------------------------------------------------------------------------
+# Sampling
+# ------------------------------------------------------------------------------------------------
+
+
+class Counting(nn.Module):
+    """A stand-in network that notes each t it is asked for."""
+
+    size = 4
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.asked = nn.Parameter(torch.ones(())), []
+
+    def forward(self, x, t):
+        self.asked.append(t.tolist())
+        return self.weight * x
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 7, 15, 50, 333, 999, 1000])
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("spacing", ["noise", "time"])
+def test_a_ladder_starts_at_the_top_and_never_stays(steps, schedule, spacing):
+    rungs = cd.ladder(cd.Diffusion(schedule=schedule), steps, spacing)
+    assert len(rungs) == steps and rungs[0] == 999 and rungs[-1] >= 0
+    assert all(a > b for a, b in zip(rungs, rungs[1:]))
+
+
+@pytest.mark.parametrize("sampler, steps", [("ddim", 1), ("ddim", 13), ("ddpm", 7), ("ddpm", 1000)])
+def test_a_sampler_makes_exactly_the_calls_asked_for(sampler, steps):
+    model = Counting()
+    seen = list(cd.sample(model, cd.Diffusion().to("cpu"), 2, sampler, steps))
+    assert len(model.asked) == len(seen) == steps
+    assert model.asked[0] == [999, 999]
+    assert [t for t, _, _ in seen] == [t for t, _ in model.asked]
+    assert all(x_t.shape == x0.shape == (2, 3, 4, 4) for _, x_t, x0 in seen)
+    assert all(x0.abs().max() <= 1 for _, _, x0 in seen)
+
+
+@pytest.mark.parametrize("sampler, eta", [("ddim", 0.0), ("ddim", 0.7), ("ddpm", 0.0)])
+def test_picture_i_of_a_seed_is_always_the_same(sampler, eta):
+    model, d = small_unet().eval(), cd.Diffusion(prediction="v", schedule="cosine").to("cpu")
+
+    def draw(n, first, seed=3):
+        *_, (_, _, x0) = cd.sample(model, d, n, sampler, 6, eta, seed, first)
+        return x0
+
+    together = draw(4, 0)
+    torch.testing.assert_close(torch.cat([draw(1, 0), draw(3, 1)]), together, rtol=0, atol=2e-2)
+    assert (draw(4, 0) == together).all()
+    assert (draw(4, 0, seed=4) - together).abs().mean() > 0.05
+    assert (together[0] - together[1]).abs().mean() > 0.05
+
+
+# ------------------------------------------------------------------------------------------------
+# The network
+# ------------------------------------------------------------------------------------------------
+
+
+def test_the_papers_network_has_the_papers_size():
+    model = cd.UNet(32, 128, (1, 2, 2, 2), 2, (16,), 0.1)
+    assert sum(p.numel() for p in model.parameters()) == 35_746_307
+
+
+@pytest.mark.parametrize("size, channels", [(32, 8), (48, 36), (64, 32)])
+def test_shapes(size, channels):
+    s = cd.complete(cd.Settings(data=("x",), size=size, channels=channels))
+    model, _ = cd.build(s, torch.device("cpu"))
+    x = torch.randn(2, 3, size, size)
+    for dtype in (torch.float32, torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            y = model(x, torch.tensor([0, 999]))
+        assert y.shape == x.shape and y.dtype == torch.float32
+
+
+@pytest.mark.parametrize("size", [32, 64, 96, 128, 256])
+def test_each_size_gets_a_network_that_fits(size):
+    s = cd.complete(cd.Settings(data=("x",), size=size))
+    assert 4 <= size >> (len(s.mults) - 1) <= 12
+    assert s.attention == ((16,) if size != 96 else ())
+
+
+def test_time_embedding_is_sine_then_cosine():
+    e = cd.time_embedding(torch.tensor([0, 1, 500]), 8)
+    assert e.shape == (3, 8)
+    assert e[0].tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
+    assert e[2, 0].item() == pytest.approx(math.sin(500), abs=1e-4)
+    assert e[1, 3].item() == pytest.approx(math.sin(1e-4), abs=1e-7)  # slowest: exponent half-1
+    assert e[1, 5].item() == pytest.approx(math.cos(10000 ** (-1 / 3)), abs=1e-6)
+
+
+def test_a_fresh_network_guesses_zero_and_so_has_loss_1():
+    torch.manual_seed(0)
+    model, d = cd.UNet(16, 8, (1, 2), 1, (8,)), cd.Diffusion().to("cpu")
+    x0, eps = torch.rand(64, 3, 16, 16) * 2 - 1, torch.randn(64, 3, 16, 16)
+    t = torch.randint(1000, (64,))
+    assert (model(x0, t) == 0).all()
+    assert d.loss(model, x0, t, eps).item() == pytest.approx(1.0, abs=0.03)
+
+
+def test_the_network_uses_t_skips_and_every_weight():
+    model, x = small_unet(), torch.randn(2, 3, 16, 16)
+    assert (model(x, torch.tensor([0, 0])) - model(x, torch.tensor([900, 900]))).abs().max() > 1e-3
+    model(x, torch.tensor([3, 700])).square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+def test_downsampling_pads_right_and_bottom():
+    layer = cd.Downsample(1, 1, 3, stride=2)
+    nn.init.ones_(layer.weight), nn.init.zeros_(layer.bias)
+    corner = layer(torch.ones(1, 1, 4, 4), None)
+    assert corner.flatten().tolist() == [9, 6, 6, 4]
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+def test_our_group_norm_is_torchs(dtype, tolerance):
+    torch.manual_seed(0)
+    ours, theirs = cd.GroupNorm(4, 16, eps=1e-6), nn.GroupNorm(4, 16, eps=1e-6)
+    nn.init.normal_(ours.weight), nn.init.normal_(ours.bias)
+    theirs.load_state_dict(ours.state_dict())
+    x, weight = torch.randn(3, 16, 8, 8) * 2 + 1, torch.randn(3, 16, 8, 8)
+    results = []
+    for layer, data in ((ours, x.to(dtype)), (theirs, x.to(dtype).float())):
+        data = data.to(memory_format=torch.channels_last).requires_grad_()
+        y = layer(data)
+        (y.float() * weight).sum().backward()
+        results.append((y, data.grad, layer.weight.grad, layer.bias.grad))
+    for a, b in zip(*results):
+        assert ((a.float() - b).abs().max() / b.abs().max()).item() < tolerance
+
+
+def test_upsampling_repeats_pixels():
+    x = torch.arange(4.0).view(1, 1, 2, 2)
+    rows = [[0, 0, 1, 1], [0, 0, 1, 1], [2, 2, 3, 3], [2, 2, 3, 3]]
+    assert cd.upsample(x)[0, 0].tolist() == rows
+
+
+# ------------------------------------------------------------------------------------------------
+# Averaging
+# ------------------------------------------------------------------------------------------------
+
+
+def test_ema_warms_up():
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    ema = cd.EMA(model, decay=0.9)
+    expected = 0.0
+    for n in range(200):
+        nn.init.constant_(model.weight, n)
+        ema.update(model, n)
+        decay = min(0.9, (1 + n) / (10 + n))
+        expected = decay * expected + (1 - decay) * n
+        assert ema.model.weight.item() == pytest.approx(expected, rel=1e-4, abs=1e-4)
+        if n == 1:
+            assert ema.model.weight.item() > 0.5  # after two steps the start is all but forgotten
+    assert not ema.model.weight.requires_grad
+
+
+# ------------------------------------------------------------------------------------------------
+# Data
+# ------------------------------------------------------------------------------------------------
+
+
+def halves(width, height, left=(250, 0, 0), right=(0, 0, 250)):
+    image = Image.new("RGB", (width, height), left)
+    image.paste(right, (width // 2, 0, width, height))
+    return image
+
+
+def near(pixel, colour, by=12):
+    return all(abs(int(a) - b) <= by for a, b in zip(pixel, colour))
+
+
+def test_every_kind_of_picture_is_read(tmp_path):
+    red = Image.new("RGB", (40, 30), (250, 0, 0))
+    for suffix in ("jpg", "JPEG", "png", "webp", "bmp", "gif"):
+        red.save(tmp_path / f"red.{suffix}")
+    for suffix in ("jpg", "JPEG", "png", "webp", "bmp", "gif"):
+        picture, complaint = cd.read_picture(tmp_path / f"red.{suffix}", 16)
+        assert picture.shape == (16, 16, 3) and picture.dtype == torch.uint8 and not complaint
+        assert near(picture[8, 8], (250, 0, 0)), suffix
+    Image.new("L", (20, 20), 100).save(tmp_path / "grey.jpg")
+    Image.new("CMYK", (20, 20), (0, 255, 255, 0)).save(tmp_path / "cmyk.jpg")
+    Image.new("RGBA", (20, 20), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    Image.new("LA", (20, 20), (0, 0)).save(tmp_path / "clear2.png")
+    red.quantize(4).save(tmp_path / "palette.png")
+    Image.new("I;16", (20, 20), 100 * 257).save(tmp_path / "deep.png")
+    Image.new("1", (20, 20), 1).save(tmp_path / "bit.png")
+    expected = {"grey.jpg": (100,) * 3, "cmyk.jpg": (255, 0, 0), "clear.png": (255,) * 3}
+    expected |= {"clear2.png": (255,) * 3, "palette.png": (250, 0, 0), "deep.png": (100,) * 3}
+    expected |= {"bit.png": (255,) * 3}
+    for name, colour in expected.items():
+        assert near(cd.read_picture(tmp_path / name, 16)[0][8, 8], colour), name
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+def test_a_wide_picture_is_cropped_not_squashed(tmp_path, suffix):
+    image = Image.new("RGB", (900, 300), (0, 0, 0))
+    image.paste((250, 0, 0), (300, 0, 450, 300))
+    image.paste((0, 0, 250), (450, 0, 600, 300))
+    image.save(tmp_path / f"wide.{suffix}", quality=95)
+    picture, _ = cd.read_picture(tmp_path / f"wide.{suffix}", 16)
+    assert near(picture[8, 1], (250, 0, 0)) and near(picture[8, 6], (250, 0, 0))
+    assert near(picture[8, 9], (0, 0, 250)) and near(picture[8, 14], (0, 0, 250))
+
+
+def test_exif_rotation_is_undone(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # "turn me 90 degrees clockwise to see me upright"
+    halves(40, 40).save(tmp_path / "turned.jpg", exif=exif, quality=95)
+    picture, _ = cd.read_picture(tmp_path / "turned.jpg", 16)
+    assert near(picture[2, 8], (250, 0, 0)) and near(picture[13, 8], (0, 0, 250))
+
+
+FACE = "9 110 60 130 60 120 75 100 50 100 25 105 45 135 45 140 25 140 50"
+
+
+def test_a_cat_file_crops_to_the_face(tmp_path):
+    image = Image.new("RGB", (200, 100), (0, 0, 0))
+    image.paste((0, 250, 0), (90, 15, 150, 90))
+    image.save(tmp_path / "a.jpg", quality=95)
+    (tmp_path / "a.jpg.cat").write_text(FACE + " ")
+    picture, complaint = cd.read_picture(tmp_path / "a.jpg", 16)
+    assert not complaint and all(near(picture[y, x], (0, 250, 0)) for y in (1, 14) for x in (1, 14))
+    (tmp_path / "a.jpg.cat").write_text(
+        "9 190 60 220 60 205 75 180 50 180 25 185 45 215 45 220 25 220 50"
+    )
+    left, top, right, bottom = cd.face_box(tmp_path / "a.jpg", 200, 100)  # points outside
+    assert 0 <= left < right <= 200 and 0 <= top < bottom <= 100 and right - left == bottom - top
+
+
+@pytest.mark.parametrize("text", ["", "9", "9 1 2", "8 " + FACE[2:], FACE + " 3", "9" + " 5" * 18,
+                                  "nine cats", "9 nan" + " 5" * 17, "9" + " 999999999 1" * 9, "\0\xff"])  # fmt: skip
+def test_a_bad_cat_file_is_reported_and_ignored(tmp_path, text):
+    halves(40, 20).save(tmp_path / "a.png")
+    (tmp_path / "a.png.cat").write_text(text)
+    picture, complaint = cd.read_picture(tmp_path / "a.png", 16)
+    assert ".cat" in complaint and near(picture[8, 2], (250, 0, 0))
+
+
+def test_bad_pictures_are_skipped_counted_and_named(tmp_path, capsys):
+    deep = tmp_path / "data" / "deep" / "er"
+    deep.mkdir(parents=True)
+    for i in range(3):
+        cd.draw_cat(random.Random(i), 64).save(deep / f"{i}.JPG")
+    whole = (deep / "0.JPG").read_bytes()
+    (deep / "half.jpg").write_bytes(whole[: len(whole) // 2])
+    (deep / "empty.png").touch()
+    (deep / "text.gif").write_text("not a picture")
+    (deep / "evil\n\x1b[2J.bmp").write_text("nor this")
+    (deep / "gone.jpg").symlink_to("nowhere")
+    (deep / "folder.jpg").mkdir()
+    (deep / "._0.JPG").write_text("macOS leaves these")
+    (deep / "notes.txt").write_text("stray")
+    os.mkfifo(deep / "pipe.jpg")
+    pictures = cd.load_pictures([tmp_path / "data"], 16)
+    told = capsys.readouterr().out
+    assert pictures.shape == (3, 16, 16, 3)
+    assert "6 of 9 pictures skipped" in told and "empty.png" in told and "half.jpg" in told
+    assert "\x1b" not in told and "._0" not in told
+
+
+def test_no_pictures_and_no_folder(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    assert run("train", "--data", tmp_path / "empty") == 2
+    assert ".jpg" in capsys.readouterr().err
+    assert run("train", "--data", tmp_path / "missing") == 2
+    assert "missing" in capsys.readouterr().err
+    (tmp_path / "empty" / "bad.png").touch()
+    assert run("train", "--data", tmp_path / "empty") == 2
+    assert not Path("run").exists()
+
+
+def test_drawn_cats_differ():
+    cats = cd.draw_pictures(8, 32).float()
+    assert cats.shape == (8, 32, 32, 3)
+    assert all((a - b).abs().mean() > 5 for i, a in enumerate(cats) for b in cats[:i])
+
+
+def test_a_batch_is_a_function_of_seed_and_step():
+    s = cd.complete(cd.Settings(batch=64))
+    pictures, cpu = cd.draw_pictures(20, 32), torch.device("cpu")
+    a, again = (cd.draw_batch(pictures, s, 5, cpu) for _ in range(2))
+    other = cd.draw_batch(pictures, s, 6, cpu)
+    x0, t, eps = a
+    assert all((u == v).all() for u, v in zip(a, again))
+    assert not (x0 == other[0]).all() and not (eps == other[2]).all()
+    assert x0.shape == eps.shape == (64, 3, 32, 32) and -1 <= x0.min() and x0.max() <= 1
+    assert (t * 4 // 1000).bincount().tolist() == [16] * 4  # spread evenly
+    known = {bytes(p.flatten().tolist()) for q in (pictures, pictures.flip(2)) for p in q}
+    back = ((x0 + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
+    assert all(bytes(p.flatten().tolist()) in known for p in back)
+
+
+# ------------------------------------------------------------------------------------------------
+# Checkpoint and pictures: nothing is lost
+# ------------------------------------------------------------------------------------------------
+
+
+def test_a_crash_while_saving_keeps_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint.pt"
+    cd.save_checkpoint(path, {"step": 1})
+    old = path.read_bytes()
+
+    def crash(state, file):
+        file.write(b"half a check")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", crash)
+    with pytest.raises(OSError):
+        cd.save_checkpoint(path, {"step": 2})
+    assert path.read_bytes() == old
+    monkeypatch.undo()
+    cd.save_checkpoint(path, {"step": 3})
+    assert torch.load(path, weights_only=True)["step"] == 3
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, ("code-was-run",)
+
+
+def test_damaged_checkpoints_are_refused_in_one_line(tmp_path, capsys):
+    assert run("train", *SMALL, "--steps", 1) == 0
+    good, path = Path("run/checkpoint.pt").read_bytes(), Path("bad.pt")
+    state = torch.load("run/checkpoint.pt", weights_only=True)
+    torch.save({**state, "bomb": Bomb()}, "bomb.pt")
+    torch.save({**state, "settings": {**state["settings"], "channels": 10**9}}, "huge.pt")
+    torch.save({**state, "settings": {**state["settings"], "channels": 16}}, "other.pt")
+    torch.save({**state, "format": "catdiffusion 0"}, "old.pt")
+    torch.save([1, 2], "list.pt")
+    written = [Path(f"{name}.pt").read_bytes() for name in ("bomb", "huge", "other", "old", "list")]
+    for bad in (b"", b"hello", good[: len(good) // 2], good[:-30], *written):
+        path.write_bytes(bad)
+        capsys.readouterr()
+        assert run("sample", "--checkpoint", path) == 2
+        err = capsys.readouterr().err
+        assert "bad.pt" in err and err.count("\n") == 1
+    assert not Path("samples").exists() and not Path("code-was-run").exists()
+
+
+def test_a_different_picture_is_never_overwritten(tmp_path):
+    a, b = Image.new("RGB", (4, 4), "red"), Image.new("RGB", (4, 4), "blue")
+    first = cd.save_new(a, tmp_path / "new" / "cat.png")
+    assert cd.save_new(a, tmp_path / "new" / "cat.png") == first
+    second, third = (cd.save_new(x, tmp_path / "new" / "cat.png") for x in (b, b))
+    assert second == third != first and Image.open(first).getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_images_and_grid():
+    x = torch.stack([torch.full((3, 4, 4), v) for v in (-1.0, 0.0, 1.0, 9.0, -9.0)])
+    images = cd.to_images(x)
+    assert [i.getpixel((0, 0))[0] for i in images] == [0, 128, 255, 255, 0]
+    assert cd.make_grid(images).size == (3 * 6 + 2, 2 * 6 + 2)
+
+
+# ------------------------------------------------------------------------------------------------
+# Training
+# ------------------------------------------------------------------------------------------------
+
+
+def tensors(path):
+    """All tensors of a checkpoint, flat, by name."""
+
+    def walk(value, name):
+        if torch.is_tensor(value):
+            yield name, value
+        elif isinstance(value, (dict, list)):
+            items = value.items() if isinstance(value, dict) else enumerate(value)
+            for key, v in items:
+                yield from walk(v, f"{name}/{key}")
+
+    return dict(walk(torch.load(path, weights_only=True), ""))
+
+
+def test_stopped_and_resumed_is_bit_for_bit_the_run_that_was_not():
+    common = [*SMALL, "--dropout", 0.2]
+    assert run("train", *common, "--steps", 7, "--run", "whole") == 0
+    assert run("train", *common, "--steps", 3, "--run", "parts") == 0
+    assert run("train", *common, "--steps", 7, "--run", "parts") == 0
+    whole, parts = tensors("whole/checkpoint.pt"), tensors("parts/checkpoint.pt")
+    assert whole.keys() == parts.keys() and len(whole) > 100
+    assert all(torch.equal(whole[k], parts[k]) for k in whole)
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(number, code, monkeypatch, capsys):
+    calls, losses = [], cd.Diffusion.losses
+
+    def press(self, *rest):
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), number)  # the impatient press twice
+        return losses(self, *rest)
+
+    monkeypatch.setattr(cd.Diffusion, "losses", press)
+    assert run("train", *SMALL, "--steps", 9) == code
+    assert "step 3" in capsys.readouterr().out
+    assert torch.load("run/checkpoint.pt", weights_only=True)["step"] == 3
+    assert run("train", *SMALL, "--steps", 9) == 0
+    assert len(calls) == 9
+
+
+def test_accumulating_gives_the_gradient_of_the_whole_batch():
+    s = cd.complete(cd.Settings(batch=8, size=16, mults=(1, 2), attention=(8,)))
+    batch = cd.draw_batch(cd.draw_pictures(8, 16), s, 0, torch.device("cpu"))
+    results = []
+    for accum in (1, 4):
+        model, tally = small_unet(), torch.zeros(3, 4)
+        optimizer = torch.optim.SGD(model.parameters(), lr=torch.tensor(0.1))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cd, "autocast", lambda device: torch.autocast("cpu", enabled=False))
+            diffusion = cd.Diffusion(prediction="v").to("cpu")
+            cd.train_step(model, diffusion, optimizer, 0.1, batch, accum, tally)
+        results.append((torch.cat([p.detach().flatten() for p in model.parameters()]), tally))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-6)
+
+
+def test_a_step_without_a_number_changes_nothing():
+    s = cd.complete(cd.Settings(batch=4, size=16, mults=(1, 2), attention=(8,)))
+    x0, t, eps = cd.draw_batch(cd.draw_pictures(8, 16), s, 0, torch.device("cpu"))
+    model, tally, diffusion = small_unet(), torch.zeros(3, 4), cd.Diffusion().to("cpu")
+    optimizer = cd.make_adam(model.parameters(), 0.1, torch.device("cpu"))
+    cd.train_step(model, diffusion, optimizer, 0.1, (x0, t, eps), 1, tally)
+    before = [p.detach().clone() for p in model.parameters()]
+    for k, poison in enumerate((math.nan, math.inf), 1):
+        cd.train_step(model, diffusion, optimizer, 0.1, (x0 * poison, t, eps), 1, tally)
+        assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
+        assert tally[2, :2].tolist() == [k, k]
+    cd.train_step(model, diffusion, optimizer, 0.1, (x0, t, eps), 1, tally)
+    assert not torch.equal(before[0], next(model.parameters())) and tally[2, :2].tolist() == [0, 2]
+    assert tally.isfinite().all()
+
+
+def test_a_loss_that_is_no_number_for_ever_stops_the_run(monkeypatch, capsys):
+    assert run("train", *SMALL, "--steps", 2) == 0
+    good = Path("run/checkpoint.pt").read_bytes()
+    monkeypatch.setattr(
+        cd.Diffusion, "losses", lambda self, m, x0, t, eps: m(x0, t).sum() * math.nan + t
+    )
+    assert run("train", *SMALL, "--steps", 300) == 2
+    assert "not a number" in capsys.readouterr().err
+    assert Path("run/checkpoint.pt").read_bytes() == good
+
+
+def test_going_on_with_other_settings_is_refused(capsys):
+    assert run("train", *SMALL, "--steps", 1) == 0
+    capsys.readouterr()
+    for other in (["--channels", 16], ["--seed", 5], ["--lr", 0.5], ["--prediction", "eps"]):
+        assert run("train", *SMALL, "--steps", 2, *other) == 2
+        err = capsys.readouterr().err
+        assert other[0] in err and "--run" in err and err.count("\n") == 1
+
+
+def test_the_two_commands_end_to_end(capsys):
+    assert run("train", *SMALL, "--steps", 60) == 0
+    records = [json.loads(line) for line in Path("run/log.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records] == [50, 60]
+    assert records[1]["loss"] < records[0]["loss"] and len(records[0]["loss_by_quarter"]) == 4
+    assert Path("run/loss.png").exists() and Path("run/previews/000060.png").exists()
+    assert Image.open("run/previews/000060.png").size == (4 * 18 + 2, 4 * 18 + 2)
+    assert "sample_std" in records[1] or "sample_std" not in records[0]
+    assert run("sample", "-n", 3, "--steps", 4, "--batch", 2, "--gif") == 0
+    names = {p.name for p in Path("samples").iterdir()}
+    assert names == {f"cat-0-{x}" for x in ("0000.png", "0001.png", "0002.png", "grid.png")} | {
+        "cat-0.gif"
+    }
+    assert Image.open("samples/cat-0-0000.png").size == (16, 16)
+    assert Image.open("samples/cat-0.gif").n_frames == 4
+    assert run("sample", "-n", 1, "--steps", 4, "--out", "plots/sample") == 0
+    assert Path("plots/sample-0-0000.png").exists()
+    assert run("sample", "-n", 1, "--sampler", "ddpm", "--steps", 4, "--seed", 1) == 0
+    assert run("train", *SMALL, "--steps", 60) == 0
+    assert "--steps" in capsys.readouterr().out
+
+
+def test_few_pictures_train_with_a_warning(tmp_path, capsys):
+    (tmp_path / "one").mkdir()
+    cd.draw_cat(random.Random(0), 32).save(tmp_path / "one" / "cat.png")
+    assert run("train", "--data", tmp_path / "one", *SMALL, "--steps", 1) == 0
+    assert "1 pictures are few" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------
+# Command line and devices
+# ------------------------------------------------------------------------------------------------
+
+ODD = """train --size 7|train --size -1|train --size 60|train --size x|train --batch 0|train --lr nan
+train --lr -1|train --channels 33|train --channels 0|train --mults 0|train --mults 1 1 1 1 1 1 1 1 1
+train --attention 17|train --dropout 1|train --steps -5|train --accum 5|train --schedule square
+train --prediction x0|train --device nonsense|train --every nan|train --epochs 3|train --ema 2
+train --seed -1|train --batch 1e999|train --data|train extra|paint|sample -n 0|sample -n x
+sample --steps -1|sample --eta 2|sample --eta nan|sample --sampler magic|sample --seed 1.5
+sample --checkpoint nowhere.pt|sample --batch 0|sample --device cuda:99|sample"""
+
+
+@pytest.mark.parametrize("words", ODD.replace("\n", "|").split("|"))
+def test_odd_command_lines_get_one_line_and_write_nothing(words, capsys):
+    if words == "train --data":  # means: drawn cats; only that it is no crash
+        words += " --size 7"
+    assert run(*words.split()) == 2
+    out, err = capsys.readouterr()
+    assert err.count("\n") == 1 and err.startswith("catdiffusion: ") and len(err) < 300
+    assert not list(Path(".").iterdir())
+
+
+def test_large_variance_wants_every_step(capsys):
+    assert run("train", *SMALL, "--steps", 1) == 0
+    assert run("sample", "--sampler", "ddpm-large", "--steps", 50) == 2
+    assert "ddpm-large" in capsys.readouterr().err
+
+
+def test_every_flag_has_help_with_its_default(capsys):
+    for command, table in (("train", cd.Settings), ("sample", cd.Drawing)):
+        with pytest.raises(SystemExit) as stop:
+            run(command, "--help")
+        text = " ".join(capsys.readouterr().out.split())
+        assert stop.value.code == 0
+        flags = [f for f in cd.fields(table) if f.metadata]
+        assert text.count("(default: ") == len(flags) > 9
+
+
+def test_the_module_imports_only_what_it_may():
+    code = "import sys, catdiffusion; print(*sys.modules)"
+    here = Path(cd.__file__).parent
+    out = subprocess.run([sys.executable, "-c", code], cwd=here, capture_output=True, text=True)
+    assert out.returncode == 0
+    assert not {"torch_xla", "matplotlib", "tqdm"} & set(out.stdout.split())
+    assert cd.pick_device("cpu").type == "cpu"
+
+
+TPU = """
+import catdiffusion as cd, torch, torch_xla.debug.metrics as met
+words = "train --device tpu --size 16 --channels 8 --mults 1 2 --attention 8 --batch 4".split()
+seen = []
+end_of_step = cd.end_of_step
+def watch(device):
+    end_of_step(device)
+    seen.append(met.metric_data("CompileTime")[0])
+cd.end_of_step = watch
+cd.preview = lambda *a: {}
+assert cd.main([*words, "--every", "1000", "--steps", "12"]) == 0
+print("compiled", seen)
+assert seen[-1] == seen[5] and seen[-1] <= 3, seen
+assert not [n for n in met.counter_names() if n.startswith("aten::")], met.counter_names()
+state = torch.load("run/checkpoint.pt", weights_only=True)
+assert all(v.device.type == "cpu" and v.dtype == torch.float32 for v in state["ema"].values())
+assert cd.main("sample -n 2 --steps 3 --device tpu".split()) == 0
+"""
+
+
+def test_the_tpu_path_compiles_once(tmp_path):
+    pytest.importorskip("torch_xla")
+    environment = {**os.environ, "PJRT_DEVICE": "CPU", "PYTHONPATH": str(Path(cd.__file__).parent)}
+    done = subprocess.run(
+        [sys.executable, "-c", TPU], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+
+
+def test_cross_check_of_the_loss_with_plain_pytorch():
+    """Algorithm 1 written out once more, on one batch."""
+    model, d = small_unet(), cd.Diffusion().to("cpu")
+    x0, eps, t = torch.rand(4, 3, 16, 16), torch.randn(4, 3, 16, 16), torch.tensor([0, 9, 500, 999])
+    abar = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000), 0)[t].view(4, 1, 1, 1)
+    expected = F.mse_loss(model(abar.sqrt() * x0 + (1 - abar).sqrt() * eps, t), eps)
+    torch.testing.assert_close(d.loss(model, x0, t, eps), expected, rtol=1e-3, atol=1e-4)
