@@ -14,16 +14,20 @@ Models" (arXiv:2006.11239), called "the paper" from here on. There is nothing to
 Notation, the paper's own (the paper counts t from 1 to T; the code, as code does, from 0 to T-1):
 
     x0      x₀        a clean picture, (B, 3, H, W), values in [-1, 1]
-    t       t         how noisy: 0 is almost clean, T-1 is pure noise; (B,), integers
+    t       t         how noisy: 0 is almost clean (not x0 yet), T-1 is pure noise; (B,), integers
     eps     ε         Gaussian noise, mean 0, variance 1, shaped like x0
     x_t     x_t       the picture after t+1 steps of noising
     beta    β_t       variance of the noise that step t adds
     abar    ᾱ_t       alphas_cumprod: the share of the picture's variance that survives up to t
 
+Where the program departs from the paper, a NOTE says why. `--prediction eps --schedule linear` and
+`sample --sampler ddpm` are the paper's own ways.
+
 @@REACHES@@
 """
 
 import argparse
+import contextlib
 import copy
 import importlib.util
 import io
@@ -47,7 +51,7 @@ from torch import nn
 # Settings
 #
 # Everything that can be turned, with its default, its unit and the values it may have. The command
-# line is made from these two tables, so `--help` says what you read here. A checkpoint stores the
+# line is made from these two tables, and `--help` lists them. A checkpoint stores the
 # first one, and that is how `sample` knows which network to build.
 # ------------------------------------------------------------------------------------------------
 
@@ -64,7 +68,7 @@ def opt(default, help, *allowed, free=False):
 
 @dataclass
 class Settings:
-    """learn to draw from pictures (the defaults suit 64 px and a machine without a GPU)"""
+    """train a network on pictures (the defaults suit 64 px and a machine without a GPU)"""
 
     # the run
     data: tuple = opt((), "folders of pictures, searched recursively; none: drawn cats")
@@ -81,7 +85,7 @@ class Settings:
     attention: tuple = opt((16,), "sides of the maps that get attention, px", 1, 64)
     dropout: float = opt(0.0, "share of features dropped, 0.1 for few pictures", 0.0, 0.9)
     # the recipe
-    batch: int = opt(32, "pictures per step", 1, 10**5)
+    batch: int = opt(16, "pictures per step; 64 and more on a GPU", 1, 10**5)
     accum: int = opt(1, "parts to cut a batch into, to save memory", 1, 10**5, free=True)
     lr: float = opt(1e-3, "learning rate; 2e-4 for a network of the paper's size", 0.0, 1.0)
     ema: float = opt(0.9999, "decay of the average of the weights, per step", 0.0, 1.0)
@@ -123,15 +127,20 @@ def as_tuples(values):
     return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
 
 
+def flag(f):
+    """How a field is written on the command line."""
+    return f"-{f.name}" if len(f.name) == 1 else f"--{f.name}"
+
+
 def check(table):
     """Raise Failure if a value of a Settings or Drawing is not among those allowed."""
     for f in (f for f in fields(table) if f.metadata.get("allowed")):
         value, allowed = getattr(table, f.name), f.metadata["allowed"]
         for v in value if isinstance(value, tuple) else (value,):
             if isinstance(v, str) and v not in allowed:
-                raise Failure(f"--{f.name} {v}: must be one of {', '.join(allowed)}")
+                raise Failure(f"{flag(f)} {v}: must be one of {', '.join(allowed)}")
             if not isinstance(v, str) and not allowed[0] <= v <= allowed[1]:  # NaN is not, either
-                raise Failure(f"--{f.name} {v}: must be from {allowed[0]} to {allowed[1]}")
+                raise Failure(f"{flag(f)} {v}: must be from {allowed[0]} to {allowed[1]}")
 
 
 def complete(s):
@@ -139,7 +148,7 @@ def complete(s):
     check(s)
     s.size = s.size or (64 if s.data else 32)
     s.steps = s.steps or (50_000 if s.data else 4_000)
-    # One more floor for each doubling of the size, so that the lowest maps stay about 8 px.
+    # One more floor for each doubling of the size: the lowest maps have 8 to 15 px (4 at 32 px).
     s.mults = s.mults or (1,) * max(0, s.size.bit_length() - 7) + (1, 2, 4, 4)
     sides = [s.size >> floor for floor in range(len(s.mults))]
     if s.size % 2 ** (len(s.mults) - 1) or sides[-1] < 2:
@@ -158,8 +167,8 @@ def complete(s):
 # ------------------------------------------------------------------------------------------------
 # Where to compute
 #
-# A TPU if there is one, else a GPU, else the processor. Every line that asks which it is stands in
-# this part; the rest of the file does not know. If you are here for the diffusion, skip to "Data".
+# A TPU if there is one, else a GPU, else the processor. Only this part asks which one it is. If you
+# are here for the diffusion, skip it and go on with "Data".
 # ------------------------------------------------------------------------------------------------
 
 
@@ -176,9 +185,11 @@ def pick_device(name="auto"):
 
             if pjrt or torch_xla.runtime.device_type() == "TPU":
                 return torch_xla.device()
+            if name == "tpu":
+                raise RuntimeError("torch_xla finds no TPU")
         if name == "auto":
             name = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-        return torch.zeros(1, device="xla" if name == "tpu" else name).device
+        return torch.zeros(1, device=name).device
     except (ImportError, RuntimeError, AssertionError) as e:
         raise Failure(f"--device {name}: not on this machine ({brief(e)}); try auto") from None
 
@@ -186,8 +197,9 @@ def pick_device(name="auto"):
 def autocast(device):
     """Matrix products in bf16 where the chip has them (about twice as fast), fp32 elsewhere.
 
-    bf16 has the range of fp32, so nothing overflows; fp16 has not, which is where the black
-    pictures in many issue trackers come from. Weights, loss, Adam and average stay in fp32.
+    bf16 is a float of 16 bits; torch's autocast converts to it and back where that is safe. It has
+    the range of fp32, so nothing overflows; fp16 has not, which is where the black pictures in many
+    issue trackers come from. Weights, loss, Adam and average stay in fp32.
     """
     fast = device.type in ("xla", "xpu")
     if device.type == "cpu":
@@ -198,7 +210,7 @@ def autocast(device):
 
 
 def to_device(model, device):
-    """Move a network, its channels last in memory: fastest, but on XLA, which decides itself."""
+    """Move a network, its channels last in memory: fastest, except on XLA, which chooses itself."""
     layout = {} if device.type == "xla" else {"memory_format": torch.channels_last}
     return model.to(device, **layout)
 
@@ -239,7 +251,8 @@ class GroupNorm(nn.GroupNorm):
     """Group normalisation (Wu & He 2018): each group of channels to mean 0, variance 1.
 
     torch's own, except on the CPU, where torch's is slow for channels-last memory: as written below
-    a training step of the default network at 64 px takes 0.7 times as long.
+    a training step of the default network at 64 px takes @@GN@@ times as long. Nothing to learn
+    here.
     """
 
     def forward(self, x):
@@ -248,7 +261,7 @@ class GroupNorm(nn.GroupNorm):
         return GroupNormOnCPU.apply(x, self.weight, self.bias, self.num_groups, self.eps)
 
 
-def group_sums(x, groups):  # (B, C, H, W) -> over the picture, in fp32: (B, groups, C / groups)
+def group_sums(x, groups):  # rows in x's type, the rest in fp32: (B, groups, C / groups)
     return x.sum(3).float().sum(2).view(len(x), groups, -1)
 
 
@@ -258,7 +271,7 @@ def per_channel(x, values):  # (B, groups, C / groups or 1) -> (B, C, 1, 1), in 
 
 
 class GroupNormOnCPU(torch.autograd.Function):
-    """y = (x − mean) / std · weight + bias by sums over rows and one multiply-add; its gradient."""
+    """y = (x − mean) / std · weight + bias by sums over rows; then its gradient."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, groups, eps):
@@ -352,15 +365,16 @@ def read_picture(path, size):
             complaint = f".cat file ignored: {e}"
         # A JPEG can be decoded at 1/2, 1/4 or 1/8 of its size, for a fraction of the time.
         shrink = size / (box[2] - box[0])
-        image.draft(None, (math.ceil(width * shrink), math.ceil(height * shrink)))
-        box = [edge * image.width / width for edge in box]
+        drafted = image.draft(None, (math.ceil(width * shrink), math.ceil(height * shrink)))
+        if drafted:  # its sides were rounded up, what it says here is exact
+            box = [edge * drafted[1][2] / width for edge in box]
         if image.mode.startswith("I"):  # 16 bit
             image = image.convert("I").point(lambda v: v / 257).convert("L")
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         image = image.convert("RGB").resize((size, size), Image.LANCZOS, box, reducing_gap=3)
-        image.getexif()[0x0112] = orientation
+        image.getexif()[0x0112] = orientation  # lost on the way; a square may be turned last
         image = ImageOps.exif_transpose(image)
     picture = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     return picture.view(size, size, 3), complaint
@@ -385,7 +399,7 @@ def load_pictures(folders, size):
             if complaint:  # !a: no file name can play tricks on the terminal
                 bad.append(f"  {str(paths[i - 1])!a} {complaint[:100]!a}")
             if i % 500 == 0 or i == len(paths):
-                show(f"decoding pictures, {i} of {len(paths)}", end=i == len(paths))
+                show(f"decoding pictures, {i} of {len(paths)}", last=i == len(paths))
     finally:
         pool.shutdown(cancel_futures=True)  # Ctrl-C does not wait for the other files
     if bad:
@@ -450,7 +464,7 @@ def draw_pictures(n, size):
 def draw_batch(pictures, settings, step, device):
     """Everything random in one training step, as a function of (seed, step) and nothing else.
 
-    That is why a run that was stopped and started again is the run that was never stopped.
+    So a run that was stopped and started again gives the same result as one that never was.
     Returns x0 (B, 3, H, W) in [-1, 1], t (B,), and eps shaped like x0.
     """
     set_seed(device, settings.seed, step)
@@ -459,7 +473,7 @@ def draw_batch(pictures, settings, step, device):
     # NOTE the paper draws each t by itself. We draw one and spread the batch evenly over all t from
     # there: each t is as likely as before, but no batch is all noise or all picture (Kingma et al.
     # 2021, arXiv:2107.00630, appendix I).
-    t = ((torch.rand(1) + torch.arange(b)) / b * timesteps).long() % timesteps
+    t = ((torch.rand(1) + torch.arange(b)) / b * timesteps).long() % timesteps  # one per b-th part
     x0 = pictures[index.to(pictures.device)]  # (B, H, W, 3), uint8
     x0 = torch.where(flip.to(device)[:, None, None, None], x0.flip(2), x0)
     x0 = x0.permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -469,10 +483,20 @@ def draw_batch(pictures, settings, step, device):
 # ------------------------------------------------------------------------------------------------
 # Diffusion
 #
-# The heart of it, and it is only arithmetic: tables with one number per t, and five formulas. The
-# way in, q, adds noise and has nothing to learn. The way back is Bayes' rule: if x₀ were known, the
-# distribution of x_{t−1} given x_t would be a Gaussian that can be written down (q_posterior). We
-# do not know x₀, so a network guesses it, by guessing the noise.
+# The heart of it, and it is only arithmetic: tables with one number per t, and five formulas.
+#
+# The way in, called q, has nothing to learn. One step is x_t = √(1−β_t)·x_{t−1} + √β_t·ε: the
+# picture shrinks a little, so that with the noise its variance stays near 1. Sums of Gaussians are
+# Gaussian, so many steps are one jump, with ᾱ_t, the product of all (1−β) so far, in place of 1−β
+# (q_sample).
+#
+# The way back is Bayes' rule: if x₀ were known, what x_{t−1} was, given x_t, would be a Gaussian
+# that can be written down (q_posterior; "posterior" is what one believes after having seen). We do
+# not know x₀, so a network guesses. Given x_t, guessing the noise or the picture is the same, as
+# Eq. 4 gives one from the other; the paper found that a network asked for the noise draws better.
+# It is trained on squared error, so its guess is the mean of all that x_t could have come from:
+# sharp when there is little noise, a blur when there is much. That is why one guess is not enough,
+# and we go in steps.
 # ------------------------------------------------------------------------------------------------
 
 
@@ -486,7 +510,8 @@ class Diffusion:
 
     timesteps: T. schedule: "linear" (the paper) or "cosine" (Nichol & Dhariwal 2021). prediction:
     what the network's output means, "eps" (the paper) or "v". min_snr: loss weight, 0 for none.
-    The tables are made in float64 on the CPU; `to(device)` brings them to the device in float32.
+    The defaults here are the paper's; `build` passes those of Settings. The tables are made in
+    float64 on the CPU; `to(device)` brings them to the device in float32.
     In the formulas t is (B,), the tables' values become (B, 1, 1, 1), pictures are (B, 3, H, W).
     """
 
@@ -495,8 +520,9 @@ class Diffusion:
         if schedule == "linear":  # Section 4: from almost no noise a step to 2 % a step
             betas = torch.linspace(1e-4, 0.02, timesteps, dtype=torch.float64)
         else:
-            # NOTE cosine instead of the paper's line: the line is pure noise for its last quarter
-            # at small sizes. ᾱ follows cos² and β is read off it (arXiv:2102.09672, Eq. 17).
+            # NOTE the paper's line leaves ᾱ = 0.003 at t = 750: a small picture is gone by then,
+            # and the last quarter teaches nothing. Here ᾱ follows cos², and β is read off it
+            # (Nichol & Dhariwal 2021, arXiv:2102.09672, Eq. 17).
             u = torch.arange(timesteps + 1, dtype=torch.float64) / timesteps
             abar = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
             betas = (1 - abar[1:] / abar[:-1]).clamp(max=0.999)
@@ -516,10 +542,10 @@ class Diffusion:
     def make_loss_weight(self, min_snr):
         """One weight per t; 1 everywhere is the paper's plain squared error (Eq. 14).
 
-        NOTE min-SNR (Hang et al. 2023, arXiv:2303.09556): count errors in x₀, weighted by the
-        signal-to-noise ratio ᾱ/(1−ᾱ) but at most min_snr, so that the faintest noise, which hardly
-        matters to the eye, does not take up the network. Divided by what turns an error of eps or
-        v into one of x₀.
+        NOTE min-SNR (Hang et al. 2023, arXiv:2303.09556): an error of x₀ counts as much as the
+        signal-to-noise ratio ᾱ/(1−ᾱ), but at most min_snr, so that the network is not busy with the
+        faintest noise, which hardly matters to the eye. per_x0 turns an error of x₀ into one of the
+        guess.
         """
         snr = self.alphas_cumprod / (1 - self.alphas_cumprod)
         per_x0 = snr if self.prediction == "eps" else snr + 1
@@ -543,19 +569,23 @@ class Diffusion:
         return (x_t - (1 - abar).sqrt() * eps) / abar.sqrt()
 
     def q_posterior(self, x0, x_t, t):
-        """One step back if x₀ is known (Eq. 6 and 7) -> mean, variance, clipped log variance."""
+        """One step back if x₀ is known (Eq. 6 and 7) -> mean, variance, clipped log variance.
+
+        What the paper's sampler does with the guessed x₀; ours, step_back, contains it.
+        """
         mean = at(self.posterior_mean_coef1, t) * x0 + at(self.posterior_mean_coef2, t) * x_t
         variance = at(self.posterior_variance, t)
         return mean, variance, at(self.posterior_log_variance_clipped, t)
 
-    # The paper's network guesses ε. Near pure noise that is too easy (the answer is the input) and
-    # says little about the picture: x̂₀ divides the error by √ᾱ_t, almost 0. The mixture
+    # NOTE the paper's network guesses ε. Near pure noise that is too easy, as the answer is the
+    # input, and the picture is then got by dividing by √ᾱ_t, almost 0, which magnifies every error.
+    # Ours guesses a mixture of noise and picture (Salimans & Ho 2022, arXiv:2202.00512, appendix
+    # D):
     #
-    #     v = √ᾱ_t·ε − √(1−ᾱ_t)·x₀   (Salimans & Ho 2022, arXiv:2202.00512, appendix D)
+    #     v = √ᾱ_t·ε − √(1−ᾱ_t)·x₀        and back:  x₀ = √ᾱ_t·x_t − √(1−ᾱ_t)·v
     #
-    # asks for the noise where there is little of it and for the picture where there is little of
-    # that. Draw √ᾱ_t, √(1−ᾱ_t) as cosine and sine: (x_t, v) is (x₀, ε) turned by that angle, so
-    # turning back gives x₀ without any division.
+    # The squares of √ᾱ_t and √(1−ᾱ_t) sum to 1: they are cosine and sine of an angle, and (x_t, v)
+    # is (x₀, ε) turned by it. Turning back divides by nothing. @@EPSV@@
 
     def target(self, x0, t, eps):
         """What the network should answer: eps, or v."""
@@ -578,7 +608,7 @@ class Diffusion:
         return self.loss_weight[t] * error
 
     def loss(self, model, x0, t, eps):
-        """Eq. 14, the whole training objective:  mean of ‖ε − ε_θ(x_t, t)‖²"""
+        """Their mean. For "eps" without weights it is Eq. 14: the mean of (ε − ε_θ(x_t, t))²"""
         return self.losses(model, x0, t, eps).mean()
 
 
@@ -588,8 +618,8 @@ class Diffusion:
 # The paper's U-Net. A picture goes down a staircase of resolutions, each half the one before, and
 # up again; on the way up every floor also sees what it looked like on the way down. So the bottom
 # decides where the cat is, and the top still knows each hair. The noise level t is told to
-# every block. Fewer channels than the paper's, otherwise the same function: with the same weights
-# it computes what the published networks compute.
+# every block. It has fewer channels than the paper's; built with the paper's numbers and given the
+# weights of a published network, it computes what that one computes.
 # ------------------------------------------------------------------------------------------------
 
 
@@ -607,15 +637,15 @@ def time_embedding(t, channels):
 def norm(channels):
     """The paper's 32 groups, from its 128 channels up.
 
-    NOTE below that, groups keep 4 channels as the paper's smallest do. 32 groups of 32 channels
-    would be one channel each, and a map alone with its own mean has lost its brightness.
+    NOTE below that, groups keep 4 channels, as the paper's smallest do. 32 groups of 32 channels
+    would be one channel each: normalising would erase each map's mean, and so the brightness.
     """
     groups = next(g for g in range(min(32, channels // 4), 0, -1) if channels % g == 0)
     return GroupNorm(groups, channels, eps=1e-6)
 
 
 class ResBlock(nn.Module):
-    """Two convolutions and a short cut around them; t comes in between; attention if asked."""
+    """Two convolutions and a shortcut around them; t comes in between; attention if asked."""
 
     def __init__(self, c_in, c_out, c_time, dropout=0.0, attention=False):
         super().__init__()
@@ -655,7 +685,8 @@ class Attention(nn.Module):
 
 
 class Downsample(nn.Conv2d):
-    """Half the side. Pads right and bottom only, as the paper's code does."""
+    """Half the side. Pads right and bottom only, as the paper's code does. (It ignores time: all
+    layers are called alike.)"""
 
     def forward(self, x, time):
         return super().forward(F.pad(x, (0, 1, 0, 1)))
@@ -704,13 +735,12 @@ class UNet(nn.Module):
                 self.up.append(Upsample(c, c, 3, padding=1))
         self.norm_out, self.conv_out = norm(c), nn.Conv2d(c, 3, 3, padding=1)
 
-        # Ho's initialisation: Glorot's, but zero where a branch ends, so that each block begins by
-        # doing nothing, and the whole network by guessing zero.
-        ends = [m.conv2 for m in self.modules() if isinstance(m, ResBlock)]
-        ends += [m.out for m in self.modules() if isinstance(m, Attention)]
-        for m in self.modules():
+        # Ho's initialisation: Glorot's, which torch calls xavier, but zero where a branch ends, so
+        # that each block begins by doing nothing, and the whole network by guessing zero.
+        for name, m in self.named_modules():
             if isinstance(m, (nn.Conv2d, nn.Linear)):
-                nn.init.xavier_uniform_(m.weight, gain=float(m not in [*ends, self.conv_out]))
+                ends = name.endswith(("conv2", "out"))
+                nn.init.xavier_uniform_(m.weight, gain=float(not ends))
                 nn.init.zeros_(m.bias)
 
     def forward(self, x, t):
@@ -736,7 +766,8 @@ class UNet(nn.Module):
 # better pictures, and costs one multiply-add a step. The paper's decay of 0.9999 remembers some
 # 10,000 steps, though, and early on that would be mostly the random start: sampling from such an
 # average gives noise, and a good many people have taken that for a bug in their sampler. So the
-# memory grows with the run: after n steps it is about n/9 steps long, until the decay is reached.
+# memory grows with the run: after n steps it is about n/9 steps long. (The decay of 0.9999 is
+# reached after 90,000 steps, later than a default run ends.)
 # ------------------------------------------------------------------------------------------------
 
 
@@ -761,25 +792,29 @@ class EMA:
 # picture it sees in there; early on that is a grey blur, the mean of all cats. We do not jump
 # there. We go to the next lower noise level on the way, look again, and see a little more.
 #
-# The paper's way (ancestral sampling, Algorithm 2) takes each of the 1000 steps and adds a little
-# fresh noise after each. DDIM (Song et al. 2021, arXiv:2010.02502) adds none, and so can take 50
-# large steps. Both are one formula: η = 1 gives the paper's, η = 0 gives DDIM.
+# The paper's way (Algorithm 2, called ancestral sampling) takes each of the 1000 steps and adds a
+# little fresh noise after each: only for small steps is the way back nearly Gaussian. DDIM (Song et
+# al. 2021, arXiv:2010.02502) adds none. Then each picture follows a smooth curve, and a smooth
+# curve can be followed in large steps: 50 do. Both are one formula, with η for the share of the
+# paper's fresh noise: η = 1 is the paper's way, η = 0 is DDIM.
 # ------------------------------------------------------------------------------------------------
 
 
 def ladder(diffusion, steps, spacing="noise"):
-    """The noise levels that a chain of `steps` network calls visits: T-1 first, then downwards.
+    """The noise levels t that `steps` network calls visit: T-1 first, then ever lower.
 
-    spacing "time": every T/steps-th t, as most programs do it. "noise": even steps of the logarithm
-    of √(1−ᾱ)/√ᾱ, the noise in units of the picture, from 80 to 0.01. The cosine schedule passes
-    from "only the mean colour can be seen" to "nothing can be seen" within its last 30 t: 50 steps
-    even in t take that in two, and even a perfect network then loses 16 % of the contrast of the
-    mean colour, against 6 % with "noise" (worked out for Gaussian pictures).
+    spacing "time": every T/steps-th t, as most programs do it.
+    NOTE "noise": even steps of the logarithm of √(1−ᾱ)/√ᾱ, which is the noise in units of the
+    picture, from 80 to 0.01. Of 50 levels even in t, the cosine schedule has two where the mean
+    colour of a picture is decided (t above 970) and only one below 30; of these it has eight and
+    nine. Each large step errs towards grey: with a perfect network, pictures of Gaussian noise lose
+    16 % of the contrast of their mean colour with "time", and 6 % with "noise" (the tests work it
+    out). @@CONTRAST@@
     """
     whole = diffusion.timesteps
     if spacing == "time" or steps == whole:
         return [round(whole - k * whole / steps) - 1 for k in range(steps)]
-    abar = diffusion.alphas_cumprod.double().cpu()
+    abar = diffusion.alphas_cumprod.cpu().double()
     noise = ((1 - abar) / abar).log() / 2  # (T,), rising
     wanted = torch.linspace(math.log(80), math.log(0.01), steps, dtype=torch.float64)
     rungs = [whole - 1]
@@ -790,27 +825,18 @@ def ladder(diffusion, steps, spacing="noise"):
 
 @torch.no_grad()
 def sample(
-    model,
-    diffusion,
-    n=8,
-    sampler="ddim",
-    steps=50,
-    eta=0.0,
-    seed=0,
-    first=0,
-    clip=True,
-    spacing="noise",
+    model, diffusion, n=8, sampler="ddim", steps=50, eta=0.0, seed=0, first=0, spacing="noise"
 ):
     """Draw pictures first .. first+n-1 of `seed`; yields (t, x_t, x0) once per network call.
 
     t: int, T-1 at first. x_t and x0: (n, 3, size, size), the noisy picture and the network's guess
-    of the clean one. After the last call nothing is left to remove: the last x0 is the result.
+    of the clean one; the last x0 is the result.
     sampler: "ddim"; "ddpm", which is eta = 1; "ddpm-large", its other variance. Picture i of a seed
-    is the same whatever n and first. clip: keep guesses in [-1, 1]; spacing: see ladder.
+    is the same whatever n and first. spacing: see ladder.
     """
     device, rungs = next(model.parameters()).device, ladder(diffusion, steps, spacing)
-    # Each picture has its own source of noise, and on the CPU: so it is the same picture on another
-    # device and in another batch.
+    # Each picture has its own source of noise, and on the CPU: so it is the same picture, up to
+    # rounding, on another device and in another batch.
     seeds = (random.Random(repr((seed, i))).getrandbits(32) for i in range(first, first + n))
     sources = [torch.Generator().manual_seed(number) for number in seeds]
 
@@ -819,43 +845,39 @@ def sample(
         return torch.stack([torch.randn(shape, generator=g) for g in sources]).to(device)
 
     x_t = fresh_noise()
-    for t, t_next in zip(rungs, rungs[1:] + [-1], strict=True):
-        # as tensors: as Python numbers, each of their values would be compiled anew on a TPU
-        now, then = torch.tensor([[t], [t_next]]).repeat(1, n).to(device)
+    for k, t in enumerate(rungs):
+        now = torch.full((n,), t).to(device)  # made on the CPU: see make_adam
         with autocast(device):
             output = model(x_t, now)
-        x0 = diffusion.x0_from(output, x_t, now)
-        if clip:
-            x0 = x0.clamp(-1, 1)  # pictures have no other values: the guess can only get better
+        # No picture has values outside [-1, 1], so clipping can only make the guess better.
+        x0 = diffusion.x0_from(output, x_t, now).clamp(-1, 1)
         yield t, x_t, x0
-        x_t = step_back(diffusion, x_t, x0, now, then, sampler, eta, fresh_noise)
+        if k + 1 < steps:  # the last guess is not made noisy again: it is the picture
+            then = torch.full((n,), rungs[k + 1]).to(device)
+            x_t = step_back(diffusion, x_t, x0, now, then, sampler, eta, fresh_noise)
         end_of_step(device)
 
 
 def step_back(diffusion, x_t, x0, t, t_next, sampler, eta, fresh_noise):
     """From noise level t down to t_next, given a guess of x0 (Song et al. 2021, Eq. 12 and 16).
 
-    ᾱ' is ᾱ at t_next, and 1 below level 0; ε is what x_t holds beside the guessed x₀:
+    ᾱ' is ᾱ at t_next; ε is what x_t holds beside the guessed x₀:
 
         σ² = η² · (1−ᾱ')/(1−ᾱ) · (1−ᾱ/ᾱ')
         x' = √ᾱ'·x₀ + √(1−ᾱ'−σ²)·ε + σ·z,    z fresh noise
 
     For η = 1 and t_next = t − 1, σ² is β̃_t, and the first two terms are the mean of Eq. 7 written
-    differently: the tests show it. "ddpm-large" takes noise of variance β_t = 1−ᾱ/ᾱ' instead, the
-    paper's other choice, which is right only if no step is left out.
+    differently: test_catdiffusion.py shows it. "ddpm-large" takes noise of variance β_t = 1−ᾱ/ᾱ'
+    instead, the paper's other choice, which is right only if no step is left out.
     """
-    abar = at(diffusion.alphas_cumprod, t)
-    abar_next = at(diffusion.alphas_cumprod, t_next.clamp(min=0))
-    abar_next = torch.where(t_next.view(-1, 1, 1, 1) < 0, 1.0, abar_next)
+    abar, abar_next = at(diffusion.alphas_cumprod, t), at(diffusion.alphas_cumprod, t_next)
     eta = eta if sampler == "ddim" else 1.0
     beta = 1 - abar / abar_next
     sigma2 = eta**2 * (1 - abar_next) / (1 - abar) * beta
     eps = (x_t - abar.sqrt() * x0) / (1 - abar).sqrt()
     x = abar_next.sqrt() * x0 + (1 - abar_next - sigma2).clamp(min=0).sqrt() * eps
-    if eta == 0:
-        return x
     noise = beta if sampler == "ddpm-large" else sigma2
-    return x + noise.sqrt() * (abar_next < 1) * fresh_noise()  # no noise after the last step
+    return x + noise.sqrt() * fresh_noise() if eta else x
 
 
 # ------------------------------------------------------------------------------------------------
@@ -895,18 +917,21 @@ def save_new(image, path, **how):
 
 
 def draw_curve(records, path, width=640, height=360):
-    """The loss over the steps, on a logarithmic scale, as a PNG; thin: by quarter of t."""
+    """The loss over the steps on a logarithmic scale, as a PNG; thin lines by quarter of t."""
     image = Image.new("RGB", (width, height), "white")
+    if not records:
+        return
     lines = [*zip(*(r["loss_by_quarter"] for r in records)), [r["loss"] for r in records]]
     low, high = (pick(v or 1 for line in lines for v in line) for pick in (min, max))
     text = f"loss {low:.2g} to {high:.2g}, steps {records[0]['step']} to {records[-1]['step']}"
     ImageDraw.Draw(image).text((width - 300, 4), text, "black")
     for k, (line, colour) in enumerate(zip(lines, ("blue", "green", "orange", "red", "black"))):
+        # a loss of 0, of a quarter that had no pictures, has no logarithm
         heights = (math.log(high / (v or 1)) / math.log(1.01 * high / low) * height for v in line)
         points = [(i / len(line) * width, 20 + 0.9 * y) for i, y in enumerate(heights)]
         ImageDraw.Draw(image).line(points, colour, 3 if k == 4 else 1)
-        name = "all" if k == 4 else f"t < {k + 1}/4 T"
-        ImageDraw.Draw(image).text((width - 70, 20 + 14 * k), name, colour)
+        name = "all t" if k == 4 else f"quarter {k + 1} of t"
+        ImageDraw.Draw(image).text((width - 90, 20 + 14 * k), name, colour)
     image.save(path)
 
 
@@ -987,25 +1012,37 @@ def load_checkpoint(path, device="cpu"):
 #
 # Algorithm 1 of the paper, and the loop is as short as it looks there: draw pictures, noise levels
 # and noise; let the network guess; step against the gradient of the squared error. What stands
-# around it keeps the work safe and tells how it goes.
+# around it keeps the work safe and reports progress.
 # ------------------------------------------------------------------------------------------------
 
 REPORT = 50  # steps between two status lines
 
 
-def show(text, end=False):
-    """A status line: written over by the next in a terminal, a plain line each time elsewhere."""
+def show(text, last=True):
+    """A status line: in a terminal the next is written over it, unless it is the last one."""
     if sys.stdout.isatty():
-        print(f"\r{text}\x1b[K", end="\n" if end else "", flush=True)
+        print(f"\r{text}\x1b[K", end="\n" if last else "", flush=True)
     else:
         print(text, flush=True)
+
+
+@contextlib.contextmanager
+def note_signals():
+    """Inside, Ctrl-C and SIGTERM do not kill but append their number to the list that is given."""
+    noted, numbers = [], (signal.SIGINT, signal.SIGTERM)
+    old = [signal.signal(number, lambda number, _: noted.append(number)) for number in numbers]
+    try:
+        yield noted
+    finally:
+        for number, handler in zip(numbers, old):
+            signal.signal(number, handler)
 
 
 def train_step(model, diffusion, optimizer, lr, batch, accum, tally):
     """One round of Algorithm 1: the gradient of the loss on `batch` (x0, t, eps), and Adam's step.
 
-    tally (3, 4) collects, without a word between device and CPU: losses and pictures by quarter of
-    t; and in its last row how many steps were skipped, in a row and in all.
+    tally (3, 4) collects on the device, so that nobody waits for it: losses by quarter of t,
+    pictures by quarter of t, and steps skipped: in a row, in all (and two cells of filling).
     """
     for x0, t, eps in zip(*(part.chunk(accum) for part in batch), strict=True):
         with autocast(x0.device):
@@ -1016,11 +1053,11 @@ def train_step(model, diffusion, optimizer, lr, batch, accum, tally):
         tally[:2] += torch.stack([losses, torch.ones_like(losses)]) @ quarter
 
     # One bad batch must not throw the network off its path: the gradient is cut to length 1, and if
-    # it is not even a number, the step is skipped: with no gradient, and no learning rate.
+    # it is not even a number, gradient and learning rate are set to 0, and the weights stay.
     good = nn.utils.clip_grad_norm_(model.parameters(), 1.0).isfinite()
     for parameter in model.parameters():
         parameter.grad.nan_to_num_(0, 0, 0)
-    optimizer.param_groups[0]["lr"].copy_(torch.tensor(lr).to(good.device) * good)
+    optimizer.param_groups[0]["lr"] = torch.tensor(lr).to(good.device) * good
     optimizer.step()
     optimizer.zero_grad()
     bad = 1 - good.float()
@@ -1032,7 +1069,8 @@ def preview(model, diffusion, pictures, path):
 
     Grey or tinted samples show in these numbers before the eye sees them.
     """
-    *_, (_, _, x0) = sample(model, diffusion, 16)
+    for _, _, x0 in sample(model, diffusion, 16):
+        pass  # only the last x0 is wanted
     path.parent.mkdir(parents=True, exist_ok=True)
     make_grid(to_images(x0)).save(path)
     data = pictures[:: len(pictures) // 500 + 1].float() / 127.5 - 1
@@ -1046,7 +1084,7 @@ class Progress:
 
     def __init__(self, settings, step, seconds):
         self.settings, self.before, self.begun = settings, seconds, time.perf_counter()
-        self.log, self.more = Path(settings.run, "log.jsonl"), {}
+        self.log = Path(settings.run, "log.jsonl")
         lines = self.log.read_text().splitlines() if self.log.exists() else []
         records = [json.loads(line) for line in lines if line.endswith("}")]
         self.records = [r for r in records if r["step"] <= step]  # drop what was not saved
@@ -1061,26 +1099,30 @@ class Progress:
         """Of training, in all runs together."""
         return self.before + time.perf_counter() - self.begun
 
+    def write(self, **record):
+        """Add a line to the log."""
+        self.records.append(record)
+        with open(self.log, "a") as file:
+            file.write(json.dumps(record) + "\n")
+
     def report(self, step, tally):
         """Fetch the tally from the device, log it and show it. Raises Failure if all goes wrong."""
         s, (losses, counts, (in_a_row, skipped, *_)) = self.settings, tally.tolist()
         if in_a_row >= REPORT:
-            text = f"the loss was not a number {REPORT} steps in a row; {s.run} has the last good state"
+            text = (
+                f"the loss was not a number {REPORT} steps in a row; {s.run} keeps what was saved"
+            )
             raise Failure(f"{text}; begin anew with --run OTHER and a smaller --lr")
         speed = (step - self.since[0]) * s.batch / (time.perf_counter() - self.since[1])
-        record = {"step": step, "minutes": round(self.seconds() / 60, 2)}
-        record["loss"] = sum(losses) / sum(counts)
-        record["loss_by_quarter"] = [a / max(1, b) for a, b in zip(losses, counts)]
-        record |= {"pictures_per_second": round(speed, 1), "skipped": int(skipped)} | self.more
-        self.records.append(record)
-        with open(self.log, "a") as file:
-            file.write(json.dumps(record) + "\n")
+        loss, minutes = sum(losses) / sum(counts), round(self.seconds() / 60, 2)
+        quarters = [a / max(1, b) for a, b in zip(losses, counts)]
+        more = {"pictures_per_second": round(speed, 1), "skipped": int(skipped)}
+        self.write(step=step, minutes=minutes, loss=loss, loss_by_quarter=quarters, **more)
         left = (s.steps - step) * s.batch / speed / 60
-        text = (
-            f"{step / s.steps:4.0%}  step {step}  loss {record['loss']:.4f}  {speed:.0f} pictures/s"
-        )
-        show(f"{text}  {left:.0f} min left" + f"  {skipped:.0f} skipped" * (skipped > 0))
-        tally[:2], self.more = 0, {}
+        text = f"{step / s.steps:4.0%}  step {step}  loss {loss:.4f}"
+        text += f"  {skipped:.0f} skipped" * (skipped > 0)
+        show(f"{text}  {speed:.0f} pictures/s  {left:.0f} min left", last=step == s.steps)
+        tally[:2] = 0
         self.mark(step)
 
 
@@ -1092,7 +1134,7 @@ def differences(old, new):
 
 
 def train(settings):
-    """Train as `settings` say, going on from their checkpoint if there is one. Returns exit code."""
+    """Train as `settings` say, from their checkpoint if there is one. Returns the exit code."""
     s, device, run = settings, pick_device(settings.device), Path(settings.run)
     path, saved = run / "checkpoint.pt", {"step": 0, "seconds": 0.0}
     if path.exists():
@@ -1119,43 +1161,38 @@ def train(settings):
     text = f"{len(pictures)} pictures of {s.size} px, {million:.1f} M parameters, on {device}"
     print(f"{text}, step {step} of {s.steps}; checkpoint, previews and log go to {run}")
 
-    def save(with_preview=True):
+    def save(and_preview):
         state = {name: part.state_dict() for name, part in parts.items()}
         rest = {"settings": asdict(s), "step": step, "seconds": progress.seconds()}
         save_checkpoint(path, state | rest)
-        if with_preview:
+        if and_preview:
             sheet = run / "previews" / f"{step:06}.png"
-            progress.more = preview(ema.model, diffusion, pictures, sheet)
-            if progress.records:
-                draw_curve(progress.records, run / "loss.png")
+            progress.write(step=step, **preview(ema.model, diffusion, pictures, sheet))
+            draw_curve([r for r in progress.records if "loss" in r], run / "loss.png")
             progress.mark(step)
 
-    signals = []  # Ctrl-C and SIGTERM only leave a note here, so that a step is always finished
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: signals.append(number))
     tally = torch.zeros(3, 4, device=device)
-    due = progress.before + 60 * min(1, s.every)  # the first preview after a minute already
-    while step < s.steps and not signals:
-        batch = draw_batch(pictures, s, step, device)
-        lr = s.lr * min(1, (step + 1) / s.warmup)  # small while Adam's averages are young
-        train_step(model, diffusion, optimizer, lr, batch, s.accum, tally)
-        ema.update(model, step)
-        step += 1
-        end_of_step(device)
-        if step % REPORT == 0 or step == s.steps:
-            progress.report(step, tally)
-        if progress.seconds() >= due and step < s.steps:
-            save()
-            due = progress.seconds() + 60 * s.every
-    save(with_preview=not signals)
+    due = progress.before + 60 * min(1, s.every)  # often at first: after 1, 2, 4, ... minutes
+    with note_signals() as signals:  # so that a step is always finished
+        while step < s.steps and not signals:
+            batch = draw_batch(pictures, s, step, device)
+            lr = s.lr * min(1, (step + 1) / s.warmup)  # small while Adam's averages are young
+            train_step(model, diffusion, optimizer, lr, batch, s.accum, tally)
+            ema.update(model, step)
+            step += 1
+            end_of_step(device)
+            if step % REPORT == 0 or step == s.steps:
+                progress.report(step, tally)
+            if progress.seconds() >= due and step < s.steps:
+                save(and_preview=True)
+                due = progress.seconds() + min(60 * s.every, max(60, progress.seconds()))
+        save(and_preview=not signals)
     if signals:
-        show(f"stopped and saved at step {step}; the same command goes on from there", True)
+        show(f"stopped and saved at step {step}; the same command goes on from there")
         return 128 + signals[0]  # 130 for Ctrl-C, 143 for SIGTERM
     again = "" if s.run == Settings.run else f" --checkpoint {path}"
-    show(
-        f"done in {progress.seconds() / 60:.1f} minutes; now: python catdiffusion.py sample{again}",
-        True,
-    )
+    minutes = progress.seconds() / 60
+    show(f"done in {minutes:.1f} minutes; now: python catdiffusion.py sample -n 8{again}")
     return 0
 
 
@@ -1166,7 +1203,7 @@ def train(settings):
 # ------------------------------------------------------------------------------------------------
 
 
-def draw(d):
+def draw_samples(d):
     """Draw pictures as `d` (a Drawing) says. Returns the exit code."""
     check(d)
     model, diffusion, learned = load_checkpoint(d.checkpoint, pick_device(d.device))
@@ -1181,7 +1218,10 @@ def draw(d):
         count = min(d.batch, d.n - first)
         chain = sample(model, diffusion, count, d.sampler, steps, d.eta, d.seed, first)
         for k, (_, x_t, x0) in enumerate(chain, 1):
-            show(f"pictures {first + 1} to {first + count} of {d.n}, network call {k} of {steps}")
+            if sys.stdout.isatty() or k == steps:
+                show(
+                    f"pictures {first + 1} to {first + count} of {d.n}, call {k} of {steps}", False
+                )
             if d.gif and first == 0 and (k % -(-steps // 50) == 0 or k == steps):
                 pair = make_grid(to_images(x_t)), make_grid(to_images(x0))  # noisy, and the guess
                 frames.append(make_grid(pair, columns=2, gap=6))
@@ -1196,7 +1236,7 @@ def draw(d):
     text = (
         f"{d.n} pictures in {time.perf_counter() - begun:.1f} s by {d.checkpoint}, step {learned}"
     )
-    show(f"{text}: {stem}-*.png, {', '.join(map(str, names))}", end=True)
+    show(f"{text}: {stem}-*.png, {', '.join(map(str, names))}")
     return 0
 
 
@@ -1222,13 +1262,13 @@ def parser():
     for name, table in (("train", Settings), ("sample", Drawing)):
         command = commands.add_parser(name, help=table.__doc__, allow_abbrev=False)
         for f in (f for f in fields(table) if f.metadata):
-            flag, allowed = "-n" if f.name == "n" else f"--{f.name}", f.metadata["allowed"]
+            allowed = f.metadata["allowed"]
             told = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
             how = {"type": type(allowed[0]) if allowed else str, "metavar": "X"}
             how |= {"nargs": "*"} if isinstance(f.default, tuple) else {}
             how = {"action": "store_true"} if f.default is False else how
             help = f"{f.metadata['help']} (default: {told})"
-            command.add_argument(flag, default=f.default, help=help, **how)
+            command.add_argument(flag(f), default=f.default, help=help, **how)
     return top
 
 
@@ -1237,7 +1277,7 @@ def main(argv=None):
     try:
         given = as_tuples(vars(parser().parse_args(argv)))
         if given.pop("command") == "sample":
-            return draw(Drawing(**given))
+            return draw_samples(Drawing(**given))
         return train(complete(Settings(**given)))
     except Failure as e:
         message, code = e, 2

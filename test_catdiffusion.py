@@ -154,11 +154,15 @@ def test_one_step_back_with_eta_1_is_the_papers_posterior():
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm", "ddpm-large"])
-def test_no_noise_after_the_last_step(sampler):
-    x0, x_t = torch.randn(2, 1, 3, 4, 4).double().unbind()
-    last, below, loud = torch.tensor([0]), torch.tensor([-1]), torch.full((1, 3, 4, 4), 1e6)
-    got = cd.step_back(cd.Diffusion(), x_t, x0, last, below, sampler, 1.0, lambda: loud)
-    torch.testing.assert_close(got, x0)
+def test_no_noise_after_the_last_step(sampler, monkeypatch):
+    """What comes out is the network's last guess; the last step that adds noise is before it."""
+    levels, step_back = [], cd.step_back
+    monkeypatch.setattr(cd, "step_back", lambda *a: levels.append(a[4].tolist()) or step_back(*a))
+    diffusion = cd.Diffusion(timesteps=20).to("cpu")
+    *_, (t, x_t, x0) = cd.sample(Counting(), diffusion, 2, sampler, 20, seed=1)
+    assert t == 0 and len(levels) == 19 and levels[-1] == [0, 0]
+    guess = diffusion.predict_x0(x_t, torch.zeros(2, dtype=torch.long), x_t)
+    assert torch.equal(x0, guess.clamp(-1, 1))  # Counting says: all of x_t is noise
 
 
 def chain_std(d, rungs, sampler, std, eta=0.0):
@@ -169,14 +173,15 @@ def chain_std(d, rungs, sampler, std, eta=0.0):
     """
     one, zero = torch.ones(1, 1, 1, 1).double(), torch.zeros(1, 1, 1, 1).double()
     variance = 1.0
-    for t, t_next in zip(rungs, rungs[1:] + [-1]):
+    for t, t_next in zip(rungs, rungs[1:] + [None]):
         abar = d.alphas_cumprod[t]
         guess = abar.sqrt() * std**2 / (abar * std**2 + 1 - abar)
+        if t_next is None:  # the last guess is the picture
+            return guess.item() * variance**0.5
         now, then = torch.tensor([t]), torch.tensor([t_next])
         a = cd.step_back(d, one, guess * one, now, then, sampler, eta, lambda: zero).item()
         b = cd.step_back(d, zero, zero, now, then, sampler, eta, lambda: one).item()
         variance = a * a * variance + b * b
-    return variance**0.5
 
 
 def test_the_whole_chain_ends_where_theory_says():
@@ -391,6 +396,16 @@ def test_every_kind_of_picture_is_read(tmp_path):
         assert near(cd.read_picture(tmp_path / name, 16)[0][8, 8], colour), name
 
 
+@pytest.mark.parametrize("width, height", [(500, 375), (1023, 768), (333, 777), (129, 65), (7, 9)])
+def test_any_size_of_jpeg_is_read(tmp_path, width, height):
+    """Decoding at reduced scale rounds the sides up; the crop must not follow."""
+    halves(width, height).save(tmp_path / "a.jpg", quality=95)
+    for size in (16, 32, 64):
+        picture, _ = cd.read_picture(tmp_path / "a.jpg", size)
+        assert near(picture[size // 2, 1], (250, 0, 0), 40), (width, height, size)
+        assert near(picture[size // 2, -2], (0, 0, 250), 40), (width, height, size)
+
+
 @pytest.mark.parametrize("suffix", ["png", "jpg"])
 def test_a_wide_picture_is_cropped_not_squashed(tmp_path, suffix):
     image = Image.new("RGB", (900, 300), (0, 0, 0))
@@ -427,8 +442,11 @@ def test_a_cat_file_crops_to_the_face(tmp_path):
     assert 0 <= left < right <= 200 and 0 <= top < bottom <= 100 and right - left == bottom - top
 
 
-@pytest.mark.parametrize("text", ["", "9", "9 1 2", "8 " + FACE[2:], FACE + " 3", "9" + " 5" * 18,
-                                  "nine cats", "9 nan" + " 5" * 17, "9" + " 999999999 1" * 9, "\0\xff"])  # fmt: skip
+BAD = ["", "9", "9 1 2", "8 " + FACE[2:], FACE + " 3", "9" + " 5" * 18, "nine cats", "\0\xff"]
+BAD += ["9 nan" + " 5" * 17, "9" + " 999999999 1" * 9]
+
+
+@pytest.mark.parametrize("text", BAD)
 def test_a_bad_cat_file_is_reported_and_ignored(tmp_path, text):
     halves(40, 20).save(tmp_path / "a.png")
     (tmp_path / "a.png.cat").write_text(text)
@@ -615,6 +633,21 @@ def test_accumulating_gives_the_gradient_of_the_whole_batch():
     torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-6)
 
 
+def test_a_network_learns():
+    """Twenty cats by heart: the loss falls to less than half within eighty steps."""
+    s = cd.complete(cd.Settings(batch=8, size=16, mults=(1, 2), attention=(8,)))
+    pictures, cpu = cd.draw_pictures(20, 16), torch.device("cpu")
+    torch.manual_seed(0)
+    model, diffusion = cd.build(s, cpu)
+    optimizer, losses = cd.make_adam(model.parameters(), 0.0, cpu), []
+    for step in range(80):
+        tally = torch.zeros(3, 4)
+        batch = cd.draw_batch(pictures, s, step, cpu)
+        cd.train_step(model, diffusion, optimizer, 3e-3, batch, 1, tally)
+        losses.append((tally[0].sum() / tally[1].sum()).item())
+    assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
+
+
 def test_a_step_without_a_number_changes_nothing():
     s = cd.complete(cd.Settings(batch=4, size=16, mults=(1, 2), attention=(8,)))
     x0, t, eps = cd.draw_batch(cd.draw_pictures(8, 16), s, 0, torch.device("cpu"))
@@ -634,6 +667,7 @@ def test_a_step_without_a_number_changes_nothing():
 def test_a_loss_that_is_no_number_for_ever_stops_the_run(monkeypatch, capsys):
     assert run("train", *SMALL, "--steps", 2) == 0
     good = Path("run/checkpoint.pt").read_bytes()
+    monkeypatch.setattr(cd, "REPORT", 6)
     monkeypatch.setattr(
         cd.Diffusion, "losses", lambda self, m, x0, t, eps: m(x0, t).sum() * math.nan + t
     )
@@ -651,14 +685,15 @@ def test_going_on_with_other_settings_is_refused(capsys):
         assert other[0] in err and "--run" in err and err.count("\n") == 1
 
 
-def test_the_two_commands_end_to_end(capsys):
-    assert run("train", *SMALL, "--steps", 60) == 0
+def test_the_two_commands_end_to_end(capsys, monkeypatch):
+    monkeypatch.setattr(cd, "REPORT", 20)
+    assert run("train", *SMALL, "--steps", 30) == 0
     records = [json.loads(line) for line in Path("run/log.jsonl").read_text().splitlines()]
-    assert [r["step"] for r in records] == [50, 60]
-    assert records[1]["loss"] < records[0]["loss"] and len(records[0]["loss_by_quarter"]) == 4
-    assert Path("run/loss.png").exists() and Path("run/previews/000060.png").exists()
-    assert Image.open("run/previews/000060.png").size == (4 * 18 + 2, 4 * 18 + 2)
-    assert "sample_std" in records[1] or "sample_std" not in records[0]
+    assert [r["step"] for r in records] == [20, 30, 30]
+    assert 0 < records[1]["loss"] < 1 and len(records[0]["loss_by_quarter"]) == 4
+    assert 0 < records[2]["sample_std"] < 1 and abs(records[2]["data_mean"]) < 1
+    assert Path("run/loss.png").exists() and Path("run/previews/000030.png").exists()
+    assert Image.open("run/previews/000030.png").size == (4 * 18 + 2, 4 * 18 + 2)
     assert run("sample", "-n", 3, "--steps", 4, "--batch", 2, "--gif") == 0
     names = {p.name for p in Path("samples").iterdir()}
     assert names == {f"cat-0-{x}" for x in ("0000.png", "0001.png", "0002.png", "grid.png")} | {
@@ -669,7 +704,7 @@ def test_the_two_commands_end_to_end(capsys):
     assert run("sample", "-n", 1, "--steps", 4, "--out", "plots/sample") == 0
     assert Path("plots/sample-0-0000.png").exists()
     assert run("sample", "-n", 1, "--sampler", "ddpm", "--steps", 4, "--seed", 1) == 0
-    assert run("train", *SMALL, "--steps", 60) == 0
+    assert run("train", *SMALL, "--steps", 30) == 0
     assert "--steps" in capsys.readouterr().out
 
 
@@ -684,13 +719,14 @@ def test_few_pictures_train_with_a_warning(tmp_path, capsys):
 # Command line and devices
 # ------------------------------------------------------------------------------------------------
 
-ODD = """train --size 7|train --size -1|train --size 60|train --size x|train --batch 0|train --lr nan
-train --lr -1|train --channels 33|train --channels 0|train --mults 0|train --mults 1 1 1 1 1 1 1 1 1
-train --attention 17|train --dropout 1|train --steps -5|train --accum 5|train --schedule square
-train --prediction x0|train --device nonsense|train --every nan|train --epochs 3|train --ema 2
-train --seed -1|train --batch 1e999|train --data|train extra|paint|sample -n 0|sample -n x
-sample --steps -1|sample --eta 2|sample --eta nan|sample --sampler magic|sample --seed 1.5
-sample --checkpoint nowhere.pt|sample --batch 0|sample --device cuda:99|sample"""
+ODD = """train --size 7|train --size -1|train --size 60|train --size x|train --batch 0
+train --lr nan|train --lr -1|train --channels 33|train --channels 0|train --mults 0
+train --mults 1 1 1 1 1 1 1 1 1|train --attention 17|train --dropout 1|train --steps -5
+train --accum 5|train --schedule square|train --prediction x0|train --device nonsense
+train --every nan|train --epochs 3|train --ema 2|train --seed -1|train --batch 1e999
+train --data|train extra|paint|sample -n 0|sample -n x|sample --steps -1|sample --eta 2
+sample --eta nan|sample --sampler magic|sample --seed 1.5|sample --checkpoint nowhere.pt
+sample --batch 0|sample --device cuda:99|sample"""
 
 
 @pytest.mark.parametrize("words", ODD.replace("\n", "|").split("|"))
@@ -735,13 +771,15 @@ seen = []
 end_of_step = cd.end_of_step
 def watch(device):
     end_of_step(device)
-    seen.append(met.metric_data("CompileTime")[0])
+    items = met.counter_value("aten::_local_scalar_dense")
+    seen.append((met.metric_data("CompileTime")[0], items))
 cd.end_of_step = watch
 cd.preview = lambda *a: {}
 assert cd.main([*words, "--every", "1000", "--steps", "12"]) == 0
 print("compiled", seen)
-assert seen[-1] == seen[5] and seen[-1] <= 3, seen
-assert not [n for n in met.counter_names() if n.startswith("aten::")], met.counter_names()
+assert seen[-1] == seen[2] and seen[-1][0] <= 3, seen  # nothing compiled or fetched any more
+aten = {n for n in met.counter_names() if n.startswith("aten::")}  # what left the device
+assert aten <= {"aten::_local_scalar_dense"}, aten  # Adam looks at lr once, before the first step
 state = torch.load("run/checkpoint.pt", weights_only=True)
 assert all(v.device.type == "cpu" and v.dtype == torch.float32 for v in state["ema"].values())
 assert cd.main("sample -n 2 --steps 3 --device tpu".split()) == 0
