@@ -92,8 +92,8 @@ class Settings:
     schedule: str = opt("cosine", "noise schedule, linear or cosine", "linear", "cosine")
     prediction: str = opt("v", "what the network guesses, eps or v", "eps", "v")
     # not on the command line: nobody would turn these
-    min_snr: float = 5.0  # limit of the loss weight, see Diffusion
     timesteps: int = 1000  # T, the paper's
+    min_snr: float = 5.0  # limit of the loss weight, see Diffusion
     warmup: int = 200  # steps until the learning rate has its full height
 
 
@@ -134,9 +134,13 @@ def flag(f):
 
 def check(table):
     """Raise Failure if a value of a Settings or Drawing is not among those allowed."""
-    for f in (f for f in fields(table) if f.metadata.get("allowed")):
-        value, allowed = getattr(table, f.name), f.metadata["allowed"]
-        for v in value if isinstance(value, tuple) else (value,):
+    for f in fields(table):
+        value, allowed = getattr(table, f.name), f.metadata.get("allowed")
+        values = value if isinstance(value, tuple) else (value,)
+        odd = allowed and any(type(v) is not type(allowed[0]) for v in values)
+        if odd or type(value) is not type(f.default):
+            raise Failure(f"{flag(f)}: wrong type")  # happens only in a damaged checkpoint
+        for v in values if allowed else ():
             if isinstance(v, str) and v not in allowed:
                 raise Failure(f"{flag(f)} {v}: must be one of {', '.join(allowed)}")
             if not isinstance(v, str) and not allowed[0] <= v <= allowed[1]:  # NaN is not, either
@@ -157,6 +161,8 @@ def complete(s):
         s.attention = tuple(a for a in s.attention if a in sides)
     for a in set(s.attention) - set(sides):
         raise Failure(f"--attention {a}: no map has that side, only {', '.join(map(str, sides))}")
+    if not 2 <= s.timesteps <= 10**5:
+        raise Failure(f"timesteps {s.timesteps}: must be from 2 to 100000")
     if s.channels % 4:
         raise Failure(f"--channels {s.channels}: must be a multiple of 4")
     if s.batch % s.accum:
@@ -190,7 +196,7 @@ def pick_device(name="auto"):
         if name == "auto":
             name = torch.accelerator.current_accelerator(check_available=True) or "cpu"
         return torch.zeros(1, device=name).device
-    except (ImportError, RuntimeError, AssertionError) as e:
+    except (ImportError, OSError, RuntimeError, AssertionError) as e:
         raise Failure(f"--device {name}: not on this machine ({brief(e)}); try auto") from None
 
 
@@ -243,7 +249,7 @@ def upsample(x):
     """Twice the side by repeating each pixel, (B, C, H, W) -> (B, C, 2H, 2W)."""
     if x.device.type != "xla":
         return F.interpolate(x, scale_factor=2.0, mode="nearest")
-    b, c, h, w = x.shape  # interpolate's gradient is not in XLA and would leave the TPU
+    b, c, h, w = x.shape  # in torch_xla, interpolate's gradient may fall back to the CPU
     return x[:, :, :, None, :, None].expand(b, c, h, 2, w, 2).reshape(b, c, 2 * h, 2 * w)
 
 
@@ -271,7 +277,9 @@ def per_channel(x, values):  # (B, groups, C / groups or 1) -> (B, C, 1, 1), in 
 
 
 class GroupNormOnCPU(torch.autograd.Function):
-    """y = (x − mean) / std · weight + bias by sums over rows; then its gradient."""
+    """y = (x − mean) / std · weight + bias by sums over rows; then its gradient.
+
+    For features whose mean is not many times their spread, as here: rounding costs more then."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, groups, eps):
@@ -285,6 +293,7 @@ class GroupNormOnCPU(torch.autograd.Function):
         return torch.addcmul(per_channel(x, shift), x, per_channel(x, scale))
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         x, weight, mean, rstd = ctx.saved_tensors
         groups, count = len(weight), x[0].numel() // len(weight)
@@ -310,16 +319,18 @@ SUFFIXES = ".jpg .jpeg .png .webp .bmp .gif".split()
 
 
 def find_pictures(folders):
-    """All picture files below `folders`, sorted, without hidden ones (such as macOS' ._cat.jpg)."""
-    found = []
+    """All picture files below `folders`, once each, without hidden ones (macOS' ._cat.jpg)."""
+    found = {}
     for folder in folders:
         if not Path(folder).is_dir():
             raise Failure(f"--data {folder}: there is no such folder")
         files = (Path(place, name) for place, _, names in os.walk(folder) for name in names)
-        found += sorted(f for f in files if f.suffix.lower() in SUFFIXES and f.name[0] != ".")
+        files = (f for f in files if f.suffix.lower() in SUFFIXES)
+        shown = (f for f in files if not any(p[0] == "." for p in f.relative_to(folder).parts))
+        found |= dict.fromkeys(sorted(shown))
     if not found:
         raise Failure(f"--data {', '.join(folders)}: no {' '.join(SUFFIXES)} file there or below")
-    return found
+    return list(found)
 
 
 def face_box(path, width, height):
@@ -329,20 +340,22 @@ def face_box(path, width, height):
     each ear, as "9 x1 y1 ... x9 y9". Points may lie outside the picture; the square is moved, and
     if need be shrunk, to lie inside. Raises ValueError if the file makes no sense.
     """
-    if not os.path.exists(f"{path}.cat"):
+    if not os.path.lexists(f"{path}.cat"):
         return None
+    if not os.path.isfile(f"{path}.cat"):  # a named pipe would hang us
+        raise ValueError("not a regular file")
     with open(f"{path}.cat", "rb") as file:
         nine, *points = [int(word) for word in file.read(1000).split()] or [0]
     xs, ys = points[0::2], points[1::2]
     if nine != 9 or len(points) != 18:
         raise ValueError("not '9 x1 y1 ... x9 y9'")
     w, h = max(xs) - min(xs), max(ys) - min(ys)
-    if min(w, h) < 8 or max(w, h) > 2 * max(width, height):
-        raise ValueError("the points are no face")
+    x, y = (min(xs) + max(xs)) / 2, (min(ys) + max(ys)) / 2
+    if min(w, h) < 8 or not (0 <= x <= width and 0 <= y <= height):
+        raise ValueError("the points are no face in this picture")
     side = min(1.25 * max(w, h), width, height)
-    left = (min(xs) + max(xs) - side) / 2
-    top = (min(ys) + max(ys) - side) / 2 + 0.1 * h  # the mouth is the lowest point: add a chin
-    left, top = min(max(left, 0), width - side), min(max(top, 0), height - side)
+    y += 0.1 * h  # the mouth is the lowest of the points: make room for a chin
+    left, top = (min(max(c - side / 2, 0), whole - side) for c, whole in ((x, width), (y, height)))
     return left, top, left + side, top + side
 
 
@@ -355,8 +368,12 @@ def read_picture(path, size):
     if not path.is_file():  # a named pipe would hang us
         raise OSError("not a regular file")
     with Image.open(path, formats=("JPEG", "PNG", "WEBP", "BMP", "GIF")) as image:
-        (width, height), orientation = image.size, image.getexif().get(0x0112, 1)
-        side, complaint = min(width, height), ""
+        (width, height), orientation, complaint = image.size, 1, ""
+        if width * height > 50_000_000 and image.format != "JPEG":
+            raise ValueError("more than 50 million pixels")
+        with contextlib.suppress(Exception):  # damaged EXIF data, whole picture
+            orientation = image.getexif().get(0x0112, 1)
+        side = min(width, height)
         left, top = (width - side) / 2, (height - side) / 2
         box = left, top, left + side, top + side  # the centre, unless we know where the face is
         try:
@@ -370,11 +387,13 @@ def read_picture(path, size):
             box = [edge * drafted[1][2] / width for edge in box]
         if image.mode.startswith("I"):  # 16 bit
             image = image.convert("I").point(lambda v: v / 257).convert("L")
+            image.info.clear()  # what is said there of transparency is in 16 bit, too
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         image = image.convert("RGB").resize((size, size), Image.LANCZOS, box, reducing_gap=3)
-        image.getexif()[0x0112] = orientation  # lost on the way; a square may be turned last
+        image.info.clear()
+        image.getexif()[0x0112] = orientation  # a square may be turned last
         image = ImageOps.exif_transpose(image)
     picture = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     return picture.view(size, size, 3), complaint
@@ -509,10 +528,10 @@ class Diffusion:
     """The noise schedule and the formulas of the paper.
 
     timesteps: T. schedule: "linear" (the paper) or "cosine" (Nichol & Dhariwal 2021). prediction:
-    what the network's output means, "eps" (the paper) or "v". min_snr: loss weight, 0 for none.
-    The defaults here are the paper's; `build` passes those of Settings. The tables are made in
-    float64 on the CPU; `to(device)` brings them to the device in float32.
-    In the formulas t is (B,), the tables' values become (B, 1, 1, 1), pictures are (B, 3, H, W).
+    what the network's output means, "eps" (the paper) or "v". min_snr: loss weight, 0 for none. The
+    defaults here are the paper's; `make_diffusion` passes those of Settings. The tables are made in
+    float64 on the CPU; `to(device)` brings them to the device in float32. In the formulas t is
+    (B,), the tables' values become (B, 1, 1, 1), pictures are (B, 3, H, W).
     """
 
     def __init__(self, timesteps=1000, schedule="linear", prediction="eps", min_snr=0.0):
@@ -803,13 +822,12 @@ class EMA:
 def ladder(diffusion, steps, spacing="noise"):
     """The noise levels t that `steps` network calls visit: T-1 first, then ever lower.
 
-    spacing "time": every T/steps-th t, as most programs do it.
-    NOTE "noise": even steps of the logarithm of √(1−ᾱ)/√ᾱ, which is the noise in units of the
-    picture, from 80 to 0.01. Of 50 levels even in t, the cosine schedule has two where the mean
-    colour of a picture is decided (t above 970) and only one below 30; of these it has eight and
-    nine. Each large step errs towards grey: with a perfect network, pictures of Gaussian noise lose
-    16 % of the contrast of their mean colour with "time", and 6 % with "noise" (the tests work it
-    out). @@CONTRAST@@
+    spacing "time": every T/steps-th t, as most programs do it. NOTE "noise": even steps of the
+    logarithm of √(1−ᾱ)/√ᾱ, which is the noise in units of the picture, from 80 to 0.01. Of 50
+    levels even in t, the cosine schedule has two where the mean colour of a picture is decided (t
+    above 970) and only one below 30; of these, seven and ten. Each large step errs towards grey:
+    with a perfect network, pictures of Gaussian noise lose 16 % of the contrast of their mean
+    colour with "time", and 6 % with "noise" (the tests work it out). @@CONTRAST@@
     """
     whole = diffusion.timesteps
     if spacing == "time" or steps == whole:
@@ -958,9 +976,10 @@ def on_cpu(value):
 
 def save_checkpoint(path, state):
     """Write state (settings, step, seconds, model, ema, optimizer) to path, whole or not at all."""
-    part = path.with_name(f"{path.name}.part")
+    part, buffer = path.with_name(f"{path.name}.part"), io.BytesIO()
+    torch.save({"format": FORMAT, **on_cpu(state)}, buffer)
     with open(part, "wb") as file:
-        torch.save({"format": FORMAT, **on_cpu(state)}, file)
+        file.write(buffer.getbuffer())
         file.flush()
         os.fsync(file.fileno())
     os.replace(part, path)
@@ -976,35 +995,42 @@ def read_checkpoint(path):
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         if state["format"] != FORMAT:
-            raise ValueError(f"its format is {state['format']!r}, not {FORMAT!r}")
+            raise ValueError("made by another program or version")
         state["settings"] = complete(Settings(**as_tuples(state["settings"])))
+        state["step"], state["seconds"] = int(state["step"]), float(state["seconds"])
         return state
     except Exception as e:  # a damaged file can raise anything
         raise Failure(f"{path}: not a whole catdiffusion checkpoint ({brief(e)})") from None
 
 
-def load_parts(parts, state, path):
+def load_parts(parts, state, path, **how):
     """state[name] into each part (a network, an optimiser). Raises Failure if one does not fit."""
     try:
         for name, part in parts.items():
-            part.load_state_dict(state[name])
+            part.load_state_dict(state[name], **how)
     except Exception as e:
         raise Failure(f"{path}: its weights do not fit its settings ({brief(e)})") from None
 
 
-def build(s, device):
-    """The network and the diffusion that the settings `s` describe, on `device`."""
-    model = UNet(s.size, s.channels, s.mults, s.blocks, s.attention, s.dropout)
-    diffusion = Diffusion(s.timesteps, s.schedule, s.prediction, s.min_snr)
-    return to_device(model, device), diffusion.to(device)
+def make_unet(s):
+    """The network that the settings `s` describe."""
+    return UNet(s.size, s.channels, s.mults, s.blocks, s.attention, s.dropout)
+
+
+def make_diffusion(s):
+    """The diffusion that the settings `s` describe."""
+    return Diffusion(s.timesteps, s.schedule, s.prediction, s.min_snr)
 
 
 def load_checkpoint(path, device="cpu"):
     """A trained network, ready for sample(): model with the averaged weights, diffusion, step."""
-    state = read_checkpoint(path)
-    model, diffusion = build(state["settings"], torch.device(device))
-    load_parts({"ema": model}, state, path)
-    return model.eval().requires_grad_(False), diffusion, state["step"]
+    device, state = torch.device(device), read_checkpoint(path)
+    with torch.device("meta"):  # a network without memory, until weights that fit bring theirs
+        model = make_unet(state["settings"])
+    load_parts({"ema": model}, state, path, assign=True)
+    diffusion = make_diffusion(state["settings"])
+    model = to_device(model.float(), device).eval().requires_grad_(False)
+    return model, diffusion.to(device), state["step"]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1020,16 +1046,19 @@ REPORT = 50  # steps between two status lines
 
 def show(text, last=True):
     """A status line: in a terminal the next is written over it, unless it is the last one."""
-    if sys.stdout.isatty():
-        print(f"\r{text}\x1b[K", end="\n" if last else "", flush=True)
-    else:
-        print(text, flush=True)
+    live = sys.stdout.isatty()
+    with contextlib.suppress(BrokenPipeError):  # whoever read us has gone, the work goes on
+        print(
+            f"\r{text}\x1b[K" if live else text, end="" if live and not last else "\n", flush=True
+        )
 
 
 @contextlib.contextmanager
 def note_signals():
-    """Inside, Ctrl-C and SIGTERM do not kill but append their number to the list that is given."""
-    noted, numbers = [], (signal.SIGINT, signal.SIGTERM)
+    """Inside, Ctrl-C, SIGTERM and a closed terminal do not kill: their number goes into a list."""
+    noted, names = [], ("SIGINT", "SIGTERM", "SIGHUP")
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    numbers = [n for n in numbers if signal.getsignal(n) != signal.SIG_IGN]  # nohup's wish
     old = [signal.signal(number, lambda number, _: noted.append(number)) for number in numbers]
     try:
         yield noted
@@ -1049,8 +1078,8 @@ def train_step(model, diffusion, optimizer, lr, batch, accum, tally):
             losses = diffusion.losses(model, x0, t, eps)  # (B / accum,)
         (losses.sum() / len(batch[0])).backward()
         quarter = F.one_hot(t * 4 // diffusion.timesteps, 4).float()  # (B / accum, 4)
-        losses = losses.detach().nan_to_num(0, 0, 0)
-        tally[:2] += torch.stack([losses, torch.ones_like(losses)]) @ quarter
+        known = losses.isfinite().float()
+        tally[:2] += torch.stack([losses.detach().nan_to_num(0, 0, 0), known]) @ quarter
 
     # One bad batch must not throw the network off its path: the gradient is cut to length 1, and if
     # it is not even a number, gradient and learning rate are set to 0, and the weights stay.
@@ -1114,7 +1143,7 @@ class Progress:
             )
             raise Failure(f"{text}; begin anew with --run OTHER and a smaller --lr")
         speed = (step - self.since[0]) * s.batch / (time.perf_counter() - self.since[1])
-        loss, minutes = sum(losses) / sum(counts), round(self.seconds() / 60, 2)
+        loss, minutes = sum(losses) / max(1, sum(counts)), round(self.seconds() / 60, 2)
         quarters = [a / max(1, b) for a, b in zip(losses, counts)]
         more = {"pictures_per_second": round(speed, 1), "skipped": int(skipped)}
         self.write(step=step, minutes=minutes, loss=loss, loss_by_quarter=quarters, **more)
@@ -1150,10 +1179,11 @@ def train(settings):
         print(f"note: {len(pictures)} pictures are few; below 1,000 or so a network repeats them")
 
     set_seed(device, s.seed)
-    model, diffusion = build(s, device)
+    model, diffusion = to_device(make_unet(s), device), make_diffusion(s).to(device)
     ema, optimizer = EMA(model, s.ema), make_adam(model.parameters(), s.lr, device)
     parts = {"model": model, "ema": ema.model, "optimizer": optimizer}
-    if step:
+    if step:  # the weights and averages of Adam, but the kind of Adam that this device wants
+        saved["optimizer"]["param_groups"] = optimizer.state_dict()["param_groups"]
         load_parts(parts, saved, path)
     run.mkdir(parents=True, exist_ok=True)
     progress, pictures = Progress(s, step, saved["seconds"]), pictures.to(device)
@@ -1282,7 +1312,11 @@ def main(argv=None):
     except Failure as e:
         message, code = e, 2
     except OSError as e:  # the disk is full, the folder may not be written, ...
-        message, code = f"{e.filename or 'writing'}: {e.strerror}", 2
+        message, code = f"{e.filename or 'writing'}: {e.strerror or brief(e)}", 2
+    except RuntimeError as e:
+        if "memory" not in str(e):
+            raise
+        message, code = "out of memory: take a smaller --batch, or for train a larger --accum", 2
     except KeyboardInterrupt:
         message, code = "interrupted", 130
     print(f"catdiffusion: {message}", file=sys.stderr)
@@ -1290,4 +1324,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # for names that are no text
     sys.exit(main())

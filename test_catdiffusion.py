@@ -95,6 +95,16 @@ def test_min_snr_weights():
     assert (cd.Diffusion().loss_weight == 1).all()
 
 
+def test_losses_are_weighted():
+    t, x0, eps = torch.tensor([900, 100]), torch.rand(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
+    plain, weighted = (
+        cd.Diffusion(prediction="v", min_snr=m).to("cpu").losses(Counting(), x0, t, eps)
+        for m in (0, 5)
+    )
+    weight = cd.Diffusion(prediction="v", min_snr=5.0).loss_weight[t].float()
+    torch.testing.assert_close(weighted, plain * weight)
+
+
 # ------------------------------------------------------------------------------------------------
 # The formulas
 # ------------------------------------------------------------------------------------------------
@@ -268,7 +278,7 @@ def test_the_papers_network_has_the_papers_size():
 @pytest.mark.parametrize("size, channels", [(32, 8), (48, 36), (64, 32)])
 def test_shapes(size, channels):
     s = cd.complete(cd.Settings(data=("x",), size=size, channels=channels))
-    model, _ = cd.build(s, torch.device("cpu"))
+    model = cd.to_device(cd.make_unet(s), torch.device("cpu"))
     x = torch.randn(2, 3, size, size)
     for dtype in (torch.float32, torch.bfloat16):
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
@@ -315,13 +325,16 @@ def test_downsampling_pads_right_and_bottom():
     assert corner.flatten().tolist() == [9, 6, 6, 4]
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
-def test_our_group_norm_is_torchs(dtype, tolerance):
+@pytest.mark.parametrize(
+    "dtype, mean, tolerance",
+    [(torch.float32, 1, 1e-5), (torch.float32, 30, 2e-3), (torch.bfloat16, 3, 3e-2)],
+)
+def test_our_group_norm_is_torchs(dtype, mean, tolerance):
     torch.manual_seed(0)
     ours, theirs = cd.GroupNorm(4, 16, eps=1e-6), nn.GroupNorm(4, 16, eps=1e-6)
     nn.init.normal_(ours.weight), nn.init.normal_(ours.bias)
     theirs.load_state_dict(ours.state_dict())
-    x, weight = torch.randn(3, 16, 8, 8) * 2 + 1, torch.randn(3, 16, 8, 8)
+    x, weight = torch.randn(3, 16, 8, 8) * 2 + mean, torch.randn(3, 16, 8, 8)
     results = []
     for layer, data in ((ours, x.to(dtype)), (theirs, x.to(dtype).float())):
         data = data.to(memory_format=torch.channels_last).requires_grad_()
@@ -330,6 +343,18 @@ def test_our_group_norm_is_torchs(dtype, tolerance):
         results.append((y, data.grad, layer.weight.grad, layer.bias.grad))
     for a, b in zip(*results):
         assert ((a.float() - b).abs().max() / b.abs().max()).item() < tolerance
+
+
+def test_attention_is_torchs():
+    torch.manual_seed(0)
+    layer = cd.Attention(16)
+    for p in layer.parameters():
+        nn.init.normal_(p, std=0.5)
+    x = torch.randn(2, 16, 4, 4)
+    y = F.group_norm(x, 4, layer.norm.weight, layer.norm.bias, 1e-6).flatten(2).transpose(1, 2)
+    y = F.scaled_dot_product_attention(layer.q(y), layer.k(y), layer.v(y))
+    expected = x + layer.out(y).transpose(1, 2).reshape(x.shape)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_upsampling_repeats_pixels():
@@ -406,6 +431,11 @@ def test_any_size_of_jpeg_is_read(tmp_path, width, height):
         assert near(picture[size // 2, -2], (0, 0, 250), 40), (width, height, size)
 
 
+def test_damaged_exif_does_not_cost_the_picture(tmp_path):
+    halves(40, 40).save(tmp_path / "a.jpg", exif=b"Exif\0\0garbagegarbage", quality=95)
+    assert near(cd.read_picture(tmp_path / "a.jpg", 16)[0][8, 2], (250, 0, 0))
+
+
 @pytest.mark.parametrize("suffix", ["png", "jpg"])
 def test_a_wide_picture_is_cropped_not_squashed(tmp_path, suffix):
     image = Image.new("RGB", (900, 300), (0, 0, 0))
@@ -443,7 +473,7 @@ def test_a_cat_file_crops_to_the_face(tmp_path):
 
 
 BAD = ["", "9", "9 1 2", "8 " + FACE[2:], FACE + " 3", "9" + " 5" * 18, "nine cats", "\0\xff"]
-BAD += ["9 nan" + " 5" * 17, "9" + " 999999999 1" * 9]
+BAD += ["9 nan" + " 5" * 17, "9" + " 999999999 1" * 9, FACE.replace(" 1", " 91")]
 
 
 @pytest.mark.parametrize("text", BAD)
@@ -468,8 +498,11 @@ def test_bad_pictures_are_skipped_counted_and_named(tmp_path, capsys):
     (deep / "folder.jpg").mkdir()
     (deep / "._0.JPG").write_text("macOS leaves these")
     (deep / "notes.txt").write_text("stray")
+    (tmp_path / "data" / ".thumbs").mkdir()
+    (tmp_path / "data" / ".thumbs" / "0.JPG").write_bytes(whole)
     os.mkfifo(deep / "pipe.jpg")
-    pictures = cd.load_pictures([tmp_path / "data"], 16)
+    os.mkfifo(deep / "0.JPG.cat")
+    pictures = cd.load_pictures([tmp_path / "data", deep], 16)
     told = capsys.readouterr().out
     assert pictures.shape == (3, 16, 16, 3)
     assert "6 of 9 pictures skipped" in told and "empty.png" in told and "half.jpg" in told
@@ -503,9 +536,11 @@ def test_a_batch_is_a_function_of_seed_and_step():
     assert not (x0 == other[0]).all() and not (eps == other[2]).all()
     assert x0.shape == eps.shape == (64, 3, 32, 32) and -1 <= x0.min() and x0.max() <= 1
     assert (t * 4 // 1000).bincount().tolist() == [16] * 4  # spread evenly
-    known = {bytes(p.flatten().tolist()) for q in (pictures, pictures.flip(2)) for p in q}
     back = ((x0 + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
-    assert all(bytes(p.flatten().tolist()) in known for p in back)
+    for kind in (pictures, pictures.flip(2)):  # some as they are, some mirrored, nothing else
+        back = [p for p in back if not any(torch.equal(p, q) for q in kind)]
+        assert len(back) < 50
+    assert not back
 
 
 # ------------------------------------------------------------------------------------------------
@@ -518,11 +553,10 @@ def test_a_crash_while_saving_keeps_the_old_file(tmp_path, monkeypatch):
     cd.save_checkpoint(path, {"step": 1})
     old = path.read_bytes()
 
-    def crash(state, file):
-        file.write(b"half a check")
+    def crash(number):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(torch, "save", crash)
+    monkeypatch.setattr(os, "fsync", crash)
     with pytest.raises(OSError):
         cd.save_checkpoint(path, {"step": 2})
     assert path.read_bytes() == old
@@ -541,11 +575,19 @@ def test_damaged_checkpoints_are_refused_in_one_line(tmp_path, capsys):
     good, path = Path("run/checkpoint.pt").read_bytes(), Path("bad.pt")
     state = torch.load("run/checkpoint.pt", weights_only=True)
     torch.save({**state, "bomb": Bomb()}, "bomb.pt")
-    torch.save({**state, "settings": {**state["settings"], "channels": 10**9}}, "huge.pt")
-    torch.save({**state, "settings": {**state["settings"], "channels": 16}}, "other.pt")
+    for name, key, value in (
+        ("huge", "mults", [64, 64]),
+        ("huger", "channels", 10**9),
+        ("other", "channels", 16),
+        ("odd", "timesteps", "x"),
+        ("long", "timesteps", 10**10),
+        ("float", "mults", [1.0, 2.0]),
+    ):
+        torch.save({**state, "settings": {**state["settings"], key: value}}, f"{name}.pt")
     torch.save({**state, "format": "catdiffusion 0"}, "old.pt")
+    torch.save({k: v for k, v in state.items() if k != "step"}, "stepless.pt")
     torch.save([1, 2], "list.pt")
-    written = [Path(f"{name}.pt").read_bytes() for name in ("bomb", "huge", "other", "old", "list")]
+    written = [path.read_bytes() for path in Path(".").glob("*.pt")]
     for bad in (b"", b"hello", good[: len(good) // 2], good[:-30], *written):
         path.write_bytes(bad)
         capsys.readouterr()
@@ -633,12 +675,33 @@ def test_accumulating_gives_the_gradient_of_the_whole_batch():
     torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-6)
 
 
+def test_the_gradient_is_cut_to_length_1():
+    model, tally = small_unet(), torch.zeros(3, 4)
+    before = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+    optimizer = torch.optim.SGD(model.parameters(), lr=torch.tensor(1.0))
+    t, x0 = torch.tensor([1, 500]), torch.full((2, 3, 16, 16), 1e4)
+    cd.train_step(model, cd.Diffusion().to("cpu"), optimizer, 1.0, (x0, t, x0), 1, tally)
+    step = nn.utils.parameters_to_vector(model.parameters()).detach() - before
+    assert step.norm().item() == pytest.approx(1, rel=1e-2)
+
+
+def test_training_averages_the_weights():
+    assert run("train", *SMALL, "--steps", 12) == 0
+    state = torch.load("run/checkpoint.pt", weights_only=True)
+    name = "down.0.conv1.weight"
+    model, ema = state["model"][name], state["ema"][name]
+    torch.manual_seed(0)
+    assert 0 < (model - ema).abs().max() < 0.1 and not torch.equal(model, ema)
+    loaded, _, step = cd.load_checkpoint("run/checkpoint.pt")
+    assert step == 12 and torch.equal(loaded.state_dict()[name], ema) and not loaded.training
+
+
 def test_a_network_learns():
     """Twenty cats by heart: the loss falls to less than half within eighty steps."""
     s = cd.complete(cd.Settings(batch=8, size=16, mults=(1, 2), attention=(8,)))
     pictures, cpu = cd.draw_pictures(20, 16), torch.device("cpu")
     torch.manual_seed(0)
-    model, diffusion = cd.build(s, cpu)
+    model, diffusion = cd.to_device(cd.make_unet(s), cpu), cd.make_diffusion(s).to(cpu)
     optimizer, losses = cd.make_adam(model.parameters(), 0.0, cpu), []
     for step in range(80):
         tally = torch.zeros(3, 4)
