@@ -23,7 +23,11 @@ Notation, the paper's own (the paper counts t from 1 to T; the code, as code doe
 Where the program departs from the paper, a NOTE says why. `--prediction eps --schedule linear` and
 `sample --sampler ddpm` are the paper's own ways.
 
-@@REACHES@@
+What it reaches: on two cores of an AMD EPYC (torch 2.9.1, bf16), 4,553 cat faces at 64 px give
+unmistakable cats after 33,000 pictures, about 21 minutes at 26 pictures a second. After 64,000, 41
+minutes, 512 samples of 50 network calls each were at a Frechet distance of 27 (features of a small
+judge network, not FID) and at a mean sliced Wasserstein distance of 32 from the data; real pictures
+are at 1 and 14 from each other. The README shows them.
 """
 
 import argparse
@@ -73,7 +77,7 @@ class Settings:
     # the run
     data: tuple = opt((), "folders of pictures, searched recursively; none: drawn cats")
     run: str = opt("run", "folder for the checkpoint, previews and log", free=True)
-    steps: int = opt(0, "optimiser steps; 0: 50000, drawn cats 4000", 0, 10**8, free=True)
+    steps: int = opt(0, "optimiser steps; 0: 50000, drawn cats 2000", 0, 10**8, free=True)
     every: float = opt(5.0, "minutes between checkpoints with preview", 0.0, 1e6, free=True)
     device: str = opt("auto", "auto, tpu, cuda, mps, xpu or cpu", *DEVICES, free=True)
     seed: int = opt(0, "start of all randomness: same seed, same run", 0, 2**63)
@@ -151,7 +155,7 @@ def complete(s):
     """Settings with what was left to us filled in. Raises Failure if they do not fit together."""
     check(s)
     s.size = s.size or (64 if s.data else 32)
-    s.steps = s.steps or (50_000 if s.data else 4_000)
+    s.steps = s.steps or (50_000 if s.data else 2_000)
     # One more floor for each doubling of the size: the lowest maps have 8 to 15 px (4 at 32 px).
     s.mults = s.mults or (1,) * max(0, s.size.bit_length() - 7) + (1, 2, 4, 4)
     sides = [s.size >> floor for floor in range(len(s.mults))]
@@ -256,54 +260,24 @@ def upsample(x):
 class GroupNorm(nn.GroupNorm):
     """Group normalisation (Wu & He 2018): each group of channels to mean 0, variance 1.
 
-    torch's own, except on the CPU, where torch's is slow for channels-last memory: as written below
-    a training step of the default network at 64 px takes @@GN@@ times as long. Nothing to learn
-    here.
+    torch's own, except on the CPU, where torch's is slow for channels-last memory: written out as
+    below, a training step of the default network at 64 px is 1.2 to 1.4 times as fast.
     """
 
     def forward(self, x):
         if x.device.type != "cpu":
             return super().forward(x)
-        return GroupNormOnCPU.apply(x, self.weight, self.bias, self.num_groups, self.eps)
-
-
-def group_sums(x, groups):  # rows in x's type, the rest in fp32: (B, groups, C / groups)
-    return x.sum(3).float().sum(2).view(len(x), groups, -1)
-
-
-def per_channel(x, values):  # (B, groups, C / groups or 1) -> (B, C, 1, 1), in x's type
-    shape = len(x), values.shape[1], x.shape[1] // values.shape[1]
-    return values.expand(shape).reshape(len(x), -1, 1, 1).to(x.dtype)
-
-
-class GroupNormOnCPU(torch.autograd.Function):
-    """y = (x − mean) / std · weight + bias by sums over rows; then its gradient.
-
-    For features whose mean is not many times their spread, as here: rounding costs more then."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, groups, eps):
-        weight, bias = weight.view(groups, -1), bias.view(groups, -1)
-        count = x[0].numel() // groups
-        mean = group_sums(x, groups).sum(2, keepdim=True) / count
-        square = group_sums(x * x, groups).sum(2, keepdim=True) / count
-        rstd = (square - mean * mean).clamp(min=0).add(eps).rsqrt()
-        ctx.save_for_backward(x, weight, mean, rstd)
-        scale, shift = rstd * weight, bias - mean * rstd * weight
-        return torch.addcmul(per_channel(x, shift), x, per_channel(x, scale))
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dy):
-        x, weight, mean, rstd = ctx.saved_tensors
-        groups, count = len(weight), x[0].numel() // len(weight)
-        dbias = group_sums(dy, groups)
-        dweight = (group_sums(dy * x, groups) - mean * dbias) * rstd
-        slope = -rstd * rstd * (dweight * weight).sum(2, keepdim=True) / count
-        const = -rstd * (dbias * weight).sum(2, keepdim=True) / count - slope * mean
-        dx = torch.addcmul(per_channel(x, const), x, per_channel(x, slope))
-        dx = torch.addcmul(dx, dy, per_channel(x, rstd * weight))
-        return dx, dweight.sum(0).view(-1), dbias.sum(0).view(-1), None, None
+        b, c, h, w = x.shape
+        flat = x.permute(0, 2, 3, 1).reshape(b, h * w, c)
+        mean, square = (  # in two steps, over pixels and then within a group: (B, groups, 1)
+            v.mean(1, dtype=torch.float32).view(b, self.num_groups, -1).mean(2, keepdim=True)
+            for v in (flat, flat * flat)
+        )
+        rstd = (square - mean * mean).clamp(min=0).add(self.eps).rsqrt()
+        scale = rstd * self.weight.view(self.num_groups, -1)
+        shift = self.bias.view(self.num_groups, -1) - mean * scale
+        scale, shift = (v.view(b, c, 1, 1).to(x.dtype) for v in (scale, shift))
+        return torch.addcmul(shift, x, scale)  # x · scale + shift
 
 
 # ------------------------------------------------------------------------------------------------
@@ -604,7 +578,10 @@ class Diffusion:
     #     v = √ᾱ_t·ε − √(1−ᾱ_t)·x₀        and back:  x₀ = √ᾱ_t·x_t − √(1−ᾱ_t)·v
     #
     # The squares of √ᾱ_t and √(1−ᾱ_t) sum to 1: they are cosine and sine of an angle, and (x_t, v)
-    # is (x₀, ε) turned by it. Turning back divides by nothing. @@EPSV@@
+    # is (x₀, ε) turned by it. Turning back divides by nothing. On the cats at 64 px, 18 minutes on
+    # one core each, side by side (16,000 pictures, 256 samples, 30 calls): eps on the linear
+    # schedule reached a Frechet distance of 515 and a mean SWD of 61, v with cosine and min-SNR 71
+    # and 54.
 
     def target(self, x0, t, eps):
         """What the network should answer: eps, or v."""
@@ -827,7 +804,9 @@ def ladder(diffusion, steps, spacing="noise"):
     levels even in t, the cosine schedule has two where the mean colour of a picture is decided (t
     above 970) and only one below 30; of these, seven and ten. Each large step errs towards grey:
     with a perfect network, pictures of Gaussian noise lose 16 % of the contrast of their mean
-    colour with "time", and 6 % with "noise" (the tests work it out). @@CONTRAST@@
+    colour with "time", and 6 % with "noise" (the tests work it out). On our cats, 256 samples of
+    one checkpoint: spread 0.43 with "time", 0.44 with "noise", 0.50 in the data; Frechet distance
+    27.6 and 26.8. What is still missing is the network's part: it shrinks with training.
     """
     whole = diffusion.timesteps
     if spacing == "time" or steps == whole:
