@@ -1035,9 +1035,9 @@ def show(text, last=True):
 @contextlib.contextmanager
 def note_signals():
     """Inside, Ctrl-C, SIGTERM and a closed terminal do not kill: their number goes into a list."""
-    noted, names = [], ("SIGINT", "SIGTERM", "SIGHUP")
-    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
-    numbers = [n for n in numbers if signal.getsignal(n) != signal.SIG_IGN]  # nohup's wish
+    noted, numbers = [], [signal.SIGINT, signal.SIGTERM]
+    if getattr(signal, "SIGHUP", None) and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)  # unless nohup has it ignored
     old = [signal.signal(number, lambda number, _: noted.append(number)) for number in numbers]
     try:
         yield noted
