@@ -579,7 +579,7 @@ class Diffusion:
     #
     # The squares of √ᾱ_t and √(1−ᾱ_t) sum to 1: they are cosine and sine of an angle, and (x_t, v)
     # is (x₀, ε) turned by it. Turning back divides by nothing. On the cats at 64 px, 18 minutes on
-    # one core each, side by side (16,000 pictures, 256 samples, 30 calls): eps on the linear
+    # one core each (16,000 pictures, 256 samples, 30 calls): eps on the linear
     # schedule reached a Frechet distance of 515 and a mean SWD of 61, v with cosine and min-SNR 71
     # and 54.
 
