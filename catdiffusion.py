@@ -55,8 +55,8 @@ from torch import nn
 # Settings
 #
 # Everything that can be turned, with its default, its unit and the values it may have. The command
-# line is made from these two tables, and `--help` lists them. A checkpoint stores the
-# first one, and that is how `sample` knows which network to build.
+# line is made from these two tables, and `--help` lists them. A checkpoint stores the first one,
+# and that is how `sample` knows which network to build.
 # ------------------------------------------------------------------------------------------------
 
 
@@ -579,9 +579,8 @@ class Diffusion:
     #
     # The squares of √ᾱ_t and √(1−ᾱ_t) sum to 1: they are cosine and sine of an angle, and (x_t, v)
     # is (x₀, ε) turned by it. Turning back divides by nothing. On the cats at 64 px, 18 minutes on
-    # one core each (16,000 pictures, 256 samples, 30 calls): eps on the linear
-    # schedule reached a Frechet distance of 515 and a mean SWD of 61, v with cosine and min-SNR 71
-    # and 54.
+    # one core each (16,000 pictures, 256 samples, 30 calls) eps on the linear schedule reached a
+    # Frechet distance of 515 and a mean SWD of 61, v with cosine and min-SNR 71 and 54.
 
     def target(self, x0, t, eps):
         """What the network should answer: eps, or v."""
@@ -1027,9 +1026,8 @@ def show(text, last=True):
     """A status line: in a terminal the next is written over it, unless it is the last one."""
     live = sys.stdout.isatty()
     with contextlib.suppress(BrokenPipeError):  # whoever read us has gone, the work goes on
-        print(
-            f"\r{text}\x1b[K" if live else text, end="" if live and not last else "\n", flush=True
-        )
+        end = "" if live and not last else "\n"
+        print(f"\r{text}\x1b[K" if live else text, end=end, flush=True)
 
 
 @contextlib.contextmanager
@@ -1118,7 +1116,7 @@ class Progress:
         s, (losses, counts, (in_a_row, skipped, *_)) = self.settings, tally.tolist()
         if in_a_row >= REPORT:
             text = (
-                f"the loss was not a number {REPORT} steps in a row; {s.run} keeps what was saved"
+                f"the loss was not a number {REPORT} times in a row; {s.run} keeps what was saved"
             )
             raise Failure(f"{text}; begin anew with --run OTHER and a smaller --lr")
         speed = (step - self.since[0]) * s.batch / (time.perf_counter() - self.since[1])
@@ -1228,9 +1226,8 @@ def draw_samples(d):
         chain = sample(model, diffusion, count, d.sampler, steps, d.eta, d.seed, first)
         for k, (_, x_t, x0) in enumerate(chain, 1):
             if sys.stdout.isatty() or k == steps:
-                show(
-                    f"pictures {first + 1} to {first + count} of {d.n}, call {k} of {steps}", False
-                )
+                span = f"{first + 1} to {first + count} of {d.n}"
+                show(f"pictures {span}, call {k} of {steps}", last=False)
             if d.gif and first == 0 and (k % -(-steps // 50) == 0 or k == steps):
                 pair = make_grid(to_images(x_t)), make_grid(to_images(x0))  # noisy, and the guess
                 frames.append(make_grid(pair, columns=2, gap=6))
