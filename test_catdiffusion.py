@@ -40,6 +40,18 @@ def small_unet(seed=0):
     return model
 
 
+def drawn(n, size):
+    """n drawn cats, as cache_pictures would prepare them: uint8 (n, size, size, 3)."""
+    cats = b"".join(cd.draw_cat(random.Random(i), size).tobytes() for i in range(n))
+    return torch.frombuffer(bytearray(cats), dtype=torch.uint8).view(n, size, size, 3)
+
+
+def read(path, size):
+    """read_picture with the picture as a tensor."""
+    picture, complaint = cd.read_picture(path, size)
+    return torch.frombuffer(bytearray(picture), dtype=torch.uint8).view(size, size, 3), complaint
+
+
 def run(*words):
     return cd.main([str(w) for w in words])
 
@@ -163,7 +175,7 @@ def test_one_step_back_with_eta_1_is_the_papers_posterior():
     torch.testing.assert_close(got, mean + variance.sqrt() * z)
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "ddpm-large"])
+@pytest.mark.parametrize("sampler", ["dpm", "ddim", "ddpm", "ddpm-large"])
 def test_no_noise_after_the_last_step(sampler, monkeypatch):
     """What comes out is the network's last guess; the last step that adds noise is before it."""
     levels, step_back = [], cd.step_back
@@ -171,7 +183,7 @@ def test_no_noise_after_the_last_step(sampler, monkeypatch):
     diffusion = cd.Diffusion(timesteps=20).to("cpu")
     *_, (t, x_t, x0) = cd.sample(Counting(), diffusion, 2, sampler, 20, seed=1)
     assert t == 0 and len(levels) == 19 and levels[-1] == [0, 0]
-    guess = diffusion.predict_x0(x_t, torch.zeros(2, dtype=torch.long), x_t)
+    guess = diffusion.predict_x0(x_t, torch.zeros(2, dtype=torch.long), x_t)  # not leaned
     assert torch.equal(x0, guess.clamp(-1, 1))  # Counting says: all of x_t is noise
 
 
@@ -211,6 +223,34 @@ def test_the_ladder_keeps_the_contrast():
     assert kept["noise"] == pytest.approx(0.94, abs=0.01)
 
 
+def test_looking_ahead_is_of_second_order():
+    """The flow without noise is known exactly for N(0, std²): x_t stays so many sigmas from 0."""
+    d, std = cd.Diffusion(schedule="cosine", prediction="v").to("cpu"), 0.25
+
+    def ideal(x, t):
+        abar = cd.at(d.alphas_cumprod, t)
+        x0 = abar.sqrt() * std**2 / (abar * std**2 + 1 - abar) * x
+        return d.target(x0, t, d_eps(x, x0, abar))
+
+    def d_eps(x, x0, abar):
+        return (x - abar.sqrt() * x0) / (1 - abar).sqrt()
+
+    model = Counting()
+    model.forward = ideal
+
+    def error(sampler, steps):
+        chain = list(cd.sample(model, d, 1, sampler, steps))
+        (first, start, _), (last, _, end) = chain[0], chain[-1]
+        spread = [(d.alphas_cumprod[t] * (std**2 - 1) + 1).sqrt() for t in (first, last)]
+        exact = start * spread[1] / spread[0] * (std**2 * d.alphas_cumprod[last].sqrt())
+        return (end / (exact / spread[1] ** 2) - 1).abs().median().item()
+
+    assert error("dpm", 15) < 0.3 * error("ddim", 50)
+    assert error("dpm", 40) < 0.35 * error("dpm", 20) and error("ddim", 40) > 0.4 * error(
+        "ddim", 20
+    )
+
+
 # ------------------------------------------------------------------------------------------------
 # Sampling
 # ------------------------------------------------------------------------------------------------
@@ -239,7 +279,9 @@ def test_a_ladder_starts_at_the_top_and_never_stays(steps, schedule, spacing):
     assert all(a > b for a, b in zip(rungs, rungs[1:]))
 
 
-@pytest.mark.parametrize("sampler, steps", [("ddim", 1), ("ddim", 13), ("ddpm", 7), ("ddpm", 1000)])
+@pytest.mark.parametrize(
+    "sampler, steps", [("dpm", 15), ("ddim", 1), ("ddim", 13), ("ddpm", 7), ("ddpm", 1000)]
+)
 def test_a_sampler_makes_exactly_the_calls_asked_for(sampler, steps):
     model = Counting()
     seen = list(cd.sample(model, cd.Diffusion().to("cpu"), 2, sampler, steps))
@@ -250,7 +292,7 @@ def test_a_sampler_makes_exactly_the_calls_asked_for(sampler, steps):
     assert all(x0.abs().max() <= 1 for _, _, x0 in seen)
 
 
-@pytest.mark.parametrize("sampler, eta", [("ddim", 0.0), ("ddim", 0.7), ("ddpm", 0.0)])
+@pytest.mark.parametrize("sampler, eta", [("dpm", 0.0), ("ddim", 0.7), ("ddpm", 0.0)])
 def test_picture_i_of_a_seed_is_always_the_same(sampler, eta):
     model, d = small_unet().eval(), cd.Diffusion(prediction="v", schedule="cosine").to("cpu")
 
@@ -404,7 +446,7 @@ def test_every_kind_of_picture_is_read(tmp_path):
     for suffix in ("jpg", "JPEG", "png", "webp", "bmp", "gif"):
         red.save(tmp_path / f"red.{suffix}")
     for suffix in ("jpg", "JPEG", "png", "webp", "bmp", "gif"):
-        picture, complaint = cd.read_picture(tmp_path / f"red.{suffix}", 16)
+        picture, complaint = read(tmp_path / f"red.{suffix}", 16)
         assert picture.shape == (16, 16, 3) and picture.dtype == torch.uint8 and not complaint
         assert near(picture[8, 8], (250, 0, 0)), suffix
     Image.new("L", (20, 20), 100).save(tmp_path / "grey.jpg")
@@ -418,7 +460,7 @@ def test_every_kind_of_picture_is_read(tmp_path):
     expected |= {"clear2.png": (255,) * 3, "palette.png": (250, 0, 0), "deep.png": (100,) * 3}
     expected |= {"bit.png": (255,) * 3}
     for name, colour in expected.items():
-        assert near(cd.read_picture(tmp_path / name, 16)[0][8, 8], colour), name
+        assert near(read(tmp_path / name, 16)[0][8, 8], colour), name
 
 
 @pytest.mark.parametrize("width, height", [(500, 375), (1023, 768), (333, 777), (129, 65), (7, 9)])
@@ -426,14 +468,14 @@ def test_any_size_of_jpeg_is_read(tmp_path, width, height):
     """Decoding at reduced scale rounds the sides up; the crop must not follow."""
     halves(width, height).save(tmp_path / "a.jpg", quality=95)
     for size in (16, 32, 64):
-        picture, _ = cd.read_picture(tmp_path / "a.jpg", size)
+        picture, _ = read(tmp_path / "a.jpg", size)
         assert near(picture[size // 2, 1], (250, 0, 0), 40), (width, height, size)
         assert near(picture[size // 2, -2], (0, 0, 250), 40), (width, height, size)
 
 
 def test_damaged_exif_does_not_cost_the_picture(tmp_path):
     halves(40, 40).save(tmp_path / "a.jpg", exif=b"Exif\0\0garbagegarbage", quality=95)
-    assert near(cd.read_picture(tmp_path / "a.jpg", 16)[0][8, 2], (250, 0, 0))
+    assert near(read(tmp_path / "a.jpg", 16)[0][8, 2], (250, 0, 0))
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg"])
@@ -442,7 +484,7 @@ def test_a_wide_picture_is_cropped_not_squashed(tmp_path, suffix):
     image.paste((250, 0, 0), (300, 0, 450, 300))
     image.paste((0, 0, 250), (450, 0, 600, 300))
     image.save(tmp_path / f"wide.{suffix}", quality=95)
-    picture, _ = cd.read_picture(tmp_path / f"wide.{suffix}", 16)
+    picture, _ = read(tmp_path / f"wide.{suffix}", 16)
     assert near(picture[8, 1], (250, 0, 0)) and near(picture[8, 6], (250, 0, 0))
     assert near(picture[8, 9], (0, 0, 250)) and near(picture[8, 14], (0, 0, 250))
 
@@ -451,7 +493,7 @@ def test_exif_rotation_is_undone(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # "turn me 90 degrees clockwise to see me upright"
     halves(40, 40).save(tmp_path / "turned.jpg", exif=exif, quality=95)
-    picture, _ = cd.read_picture(tmp_path / "turned.jpg", 16)
+    picture, _ = read(tmp_path / "turned.jpg", 16)
     assert near(picture[2, 8], (250, 0, 0)) and near(picture[13, 8], (0, 0, 250))
 
 
@@ -463,7 +505,7 @@ def test_a_cat_file_crops_to_the_face(tmp_path):
     image.paste((0, 250, 0), (90, 15, 150, 90))
     image.save(tmp_path / "a.jpg", quality=95)
     (tmp_path / "a.jpg.cat").write_text(FACE + " ")
-    picture, complaint = cd.read_picture(tmp_path / "a.jpg", 16)
+    picture, complaint = read(tmp_path / "a.jpg", 16)
     assert not complaint and all(near(picture[y, x], (0, 250, 0)) for y in (1, 14) for x in (1, 14))
     (tmp_path / "a.jpg.cat").write_text(
         "9 190 60 220 60 205 75 180 50 180 25 185 45 215 45 220 25 220 50"
@@ -480,7 +522,7 @@ BAD += ["9 nan" + " 5" * 17, "9" + " 999999999 1" * 9, FACE.replace(" 1", " 91")
 def test_a_bad_cat_file_is_reported_and_ignored(tmp_path, text):
     halves(40, 20).save(tmp_path / "a.png")
     (tmp_path / "a.png.cat").write_text(text)
-    picture, complaint = cd.read_picture(tmp_path / "a.png", 16)
+    picture, complaint = read(tmp_path / "a.png", 16)
     assert ".cat" in complaint and near(picture[8, 2], (250, 0, 0))
 
 
@@ -502,7 +544,7 @@ def test_bad_pictures_are_skipped_counted_and_named(tmp_path, capsys):
     (tmp_path / "data" / ".thumbs" / "0.JPG").write_bytes(whole)
     os.mkfifo(deep / "pipe.jpg")
     os.mkfifo(deep / "0.JPG.cat")
-    pictures = cd.load_pictures([tmp_path / "data", deep], 16)
+    pictures = cd.map_pictures(cd.cache_pictures([tmp_path / "data", deep], 16, "run"), 16)
     told = capsys.readouterr().out
     assert pictures.shape == (3, 16, 16, 3)
     assert "6 of 9 pictures skipped" in told and "empty.png" in told and "half.jpg" in told
@@ -517,18 +559,66 @@ def test_no_pictures_and_no_folder(tmp_path, capsys):
     assert "missing" in capsys.readouterr().err
     (tmp_path / "empty" / "bad.png").touch()
     assert run("train", "--data", tmp_path / "empty") == 2
-    assert not Path("run").exists()
+    assert not list(Path("run").glob("*.u8")) and not Path("run/checkpoint.pt").exists()
+
+
+def test_pictures_are_decoded_once_and_anew_when_something_changes(tmp_path, monkeypatch):
+    data, decoded, read_picture = tmp_path / "data", [], cd.read_picture
+    monkeypatch.setattr(cd, "read_picture", lambda *a: decoded.append(a) or read_picture(*a))
+    data.mkdir()
+    for i in range(3):
+        cd.draw_cat(random.Random(i), 64).save(data / f"{i}.png")
+
+    def files(size=16):
+        decoded.clear()
+        cache = cd.cache_pictures([data], size, "run")
+        assert [p.name for p in Path("run").iterdir()] == [cache.name]  # and no old ones
+        return len(decoded), len(cd.map_pictures(cache, size))
+
+    assert files() == (3, 3)
+    assert files() == (0, 3)
+    assert files(32) == (3, 3)
+    (data / "0.png.cat").write_text("9 10 10 50 10 30 40 5 5 8 2 12 5 50 5 55 2")
+    assert files(32) == (3, 3)
+    assert files(32) == (0, 3)
+    os.utime(data / "1.png", (1, 1))
+    assert files(32) == (3, 3)
+    (data / "2.png").unlink()
+    assert files(32) == (2, 2)
+    assert (read(data / "1.png", 32)[0] == cd.map_pictures(*cache_of(data, 32))[1]).all()
+
+
+def cache_of(data, size):
+    return cd.cache_pictures([data], size, "run"), size
+
+
+def test_a_half_written_cache_is_never_used(tmp_path, monkeypatch):
+    calls = []
+
+    def interrupted(*a):
+        calls.append(1)
+        yield bytes(16 * 16 * 3)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(cd, "find_pictures", lambda folders: [tmp_path / "a.png"])
+    monkeypatch.setattr(cd, "decode_pictures", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        cd.cache_pictures(["x"], 16, "run")
+    assert not list(Path("run").glob("*.u8"))
+    assert cd.map_pictures(cd.cache_pictures(["x"], 16, "run"), 16).shape == (1, 16, 16, 3)
+    assert len(calls) == 2
 
 
 def test_drawn_cats_differ():
-    cats = cd.draw_pictures(8, 32).float()
+    cats = drawn(8, 32).float()
     assert cats.shape == (8, 32, 32, 3)
     assert all((a - b).abs().mean() > 5 for i, a in enumerate(cats) for b in cats[:i])
 
 
 def test_a_batch_is_a_function_of_seed_and_step():
     s = cd.complete(cd.Settings(batch=64))
-    pictures, cpu = cd.draw_pictures(20, 32), torch.device("cpu")
+    pictures, cpu = drawn(20, 32), torch.device("cpu")
     a, again = (cd.draw_batch(pictures, s, 5, cpu) for _ in range(2))
     other = cd.draw_batch(pictures, s, 6, cpu)
     x0, t, eps = a
@@ -662,7 +752,7 @@ def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(number, code, monk
 
 def test_accumulating_gives_the_gradient_of_the_whole_batch():
     s = cd.complete(cd.Settings(batch=8, size=16, mults=(1, 2), attention=(8,)))
-    batch = cd.draw_batch(cd.draw_pictures(8, 16), s, 0, torch.device("cpu"))
+    batch = cd.draw_batch(drawn(8, 16), s, 0, torch.device("cpu"))
     results = []
     for accum in (1, 4):
         model, tally = small_unet(), torch.zeros(3, 4)
@@ -699,7 +789,7 @@ def test_training_averages_the_weights():
 def test_a_network_learns():
     """Twenty cats by heart: the loss falls to less than half within eighty steps."""
     s = cd.complete(cd.Settings(batch=8, size=16, mults=(1, 2), attention=(8,)))
-    pictures, cpu = cd.draw_pictures(20, 16), torch.device("cpu")
+    pictures, cpu = drawn(20, 16), torch.device("cpu")
     torch.manual_seed(0)
     model, diffusion = cd.to_device(cd.make_unet(s), cpu), cd.make_diffusion(s).to(cpu)
     optimizer, losses = cd.make_adam(model.parameters(), 0.0, cpu), []
@@ -713,7 +803,7 @@ def test_a_network_learns():
 
 def test_a_step_without_a_number_changes_nothing():
     s = cd.complete(cd.Settings(batch=4, size=16, mults=(1, 2), attention=(8,)))
-    x0, t, eps = cd.draw_batch(cd.draw_pictures(8, 16), s, 0, torch.device("cpu"))
+    x0, t, eps = cd.draw_batch(drawn(8, 16), s, 0, torch.device("cpu"))
     model, tally, diffusion = small_unet(), torch.zeros(3, 4), cd.Diffusion().to("cpu")
     optimizer = cd.make_adam(model.parameters(), 0.1, torch.device("cpu"))
     cd.train_step(model, diffusion, optimizer, 0.1, (x0, t, eps), 1, tally)
