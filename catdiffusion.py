@@ -273,24 +273,63 @@ def upsample(x):
 class GroupNorm(nn.GroupNorm):
     """Group normalisation (Wu & He 2018): each group of channels to mean 0, variance 1.
 
-    torch's own, except on the CPU, where torch's is slow for channels-last memory: written out as
-    below, a training step of the default network at 64 px is 1.2 to 1.4 times as fast.
+    torch's own, except on the CPU, where its gradient is slow for channels-last memory: with ours a
+    training step of the default network at 64 px is 1.4 times as fast.
     """
 
     def forward(self, x):
         if x.device.type != "cpu":
             return super().forward(x)
-        b, c, h, w = x.shape
-        flat = x.permute(0, 2, 3, 1).reshape(b, h * w, c)
-        mean, square = (  # in two steps, over pixels and then within a group: (B, groups, 1)
-            v.mean(1, dtype=torch.float32).view(b, self.num_groups, -1).mean(2, keepdim=True)
-            for v in (flat, flat * flat)
-        )
-        rstd = (square - mean * mean).clamp(min=0).add(self.eps).rsqrt()
-        scale = rstd * self.weight.view(self.num_groups, -1)
-        shift = self.bias.view(self.num_groups, -1) - mean * scale
-        scale, shift = (v.view(b, c, 1, 1).to(x.dtype) for v in (scale, shift))
-        return torch.addcmul(shift, x, scale)  # x · scale + shift
+        return CPUGroupNorm.apply(x, self.weight, self.bias, self.num_groups, self.eps)
+
+
+class CPUGroupNorm(torch.autograd.Function):
+    """With x̂ = (x − mean)·rstd, n numbers in a group and Σ over them, y = w·x̂ + b has the gradient
+
+        ∂x = rstd·(w·∂y − Σ(w·∂y)/n − x̂·Σ(w·∂y·x̂)/n),    ∂w = Σ ∂y·x̂,    ∂b = Σ ∂y
+
+    so ∂x is c₁·∂y + c₂·x + c₃ with three numbers per channel: few passes over memory, all in order.
+    """
+
+    @staticmethod
+    def sums(x):  # over pixels, the columns in bf16, then the rows in fp32: (B, C)
+        return x.permute(0, 2, 3, 1).sum(2).sum(1, dtype=torch.float32)
+
+    @staticmethod
+    def line(x, slope, height):
+        slope, height = (v.reshape(*x.shape[:2], 1, 1).to(x.dtype) for v in (slope, height))
+        return torch.addcmul(height, x, slope)
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, groups, eps):
+        (b, c, h, w), weight = x.shape, weight.view(groups, -1)
+        if h * w >= 1024:  # below that, torch has a slow way of doing it
+            y, mean, rstd = torch.native_group_norm(
+                x, weight.view(c), bias, b, c, h * w, groups, eps
+            )
+            mean, rstd = (v.float().view(b, groups, 1) for v in (mean, rstd))
+        else:
+            mean, square = (
+                CPUGroupNorm.sums(v).view(b, groups, -1).mean(2, keepdim=True) / (h * w)
+                for v in (x, x * x)
+            )
+            rstd = (square - mean * mean).clamp(min=0).add(eps).rsqrt()
+            slope = rstd * weight  # (B, groups, C / groups)
+            y = CPUGroupNorm.line(x, slope, bias.view(groups, -1) - mean * slope)
+        ctx.save_for_backward(x, weight, mean, rstd)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, mean, rstd = ctx.saved_tensors
+        n = x[0].numel() / len(weight)
+        db = CPUGroupNorm.sums(dy).view(len(x), *weight.shape)  # (B, groups, C / groups)
+        dw = (CPUGroupNorm.sums(dy * x).view_as(db) - mean * db) * rstd
+        c2 = -rstd * rstd * (weight * dw).sum(2, keepdim=True) / n
+        c3 = -rstd * (weight * db).sum(2, keepdim=True) / n - c2 * mean
+        dx = CPUGroupNorm.line(x, c2.expand_as(db), c3.expand_as(db))
+        dx.addcmul_(dy, (rstd * weight).view(*x.shape[:2], 1, 1).to(dy.dtype))
+        return dx, dw.sum(0).flatten(), db.sum(0).flatten(), None, None
 
 
 # ------------------------------------------------------------------------------------------------
@@ -449,47 +488,35 @@ def map_pictures(cache, size):
 
 def draw_cat(rng, size):
     """A cat of our own, for those who have no pictures: random.Random -> PIL image, size x size."""
+
+    def blob(cx, cy, rx, ry):
+        return [(cx + rx * math.cos(k / 4), cy + ry * math.sin(k / 4)) for k in range(26)]
+
     furs = (235, 150, 70), (90, 90, 100), (240, 225, 205), (60, 45, 40), (160, 120, 85)
     fur = [v + rng.randint(-15, 15) for v in rng.choice(furs)]
     dark, light = [int(v * 0.6) for v in fur], [int(v / 2 + 125) for v in fur]
     eyes = rng.choice([(120, 190, 70), (230, 180, 50), (90, 160, 220), (60, 170, 140)])
-    back = [rng.randint(60, 230) for _ in range(3)]
-    image = Image.new("RGB", (128, 128), tuple(back))  # drawn large, then shrunk: smooth edges
-    draw = ImageDraw.Draw(image)
+    tip, wide, pink = rng.uniform(1.2, 1.5), rng.uniform(0.15, 0.26), (225, 140, 150)
+    parts = (  # back to front; (0, 0) is the middle of the head, 1 its radius
+        (fur, blob(0, 1.9, 1.1, 1.3)),  # body
+        (fur, [(0.95, -0.1), (0.85, -tip), (0.2, -0.8)]),  # ear
+        (pink, [(0.82, -0.4), (0.78, 0.25 - tip), (0.4, -0.75)]),
+        (fur, blob(0, 0, 1.1, 0.95)),  # head
+        (rng.choice([fur, light]), blob(0.12, 0.55, 0.35, 0.36)),  # muzzle
+        (dark, blob(0.45, -0.1, 0.27, wide + 0.03)),  # eye
+        (eyes, blob(0.45, -0.1, 0.24, wide)),
+        ((15, 15, 15), blob(0.45, -0.1, 0.09, wide * 0.9)),
+        ((255, 255, 255), blob(0.49, -0.18, 0.05, 0.05)),
+        (pink, [(0, 0.3), (0.13, 0.3), (0, 0.45)]),  # nose
+        (dark, [(0, 0.45), (0.03, 0.55), (0.22, 0.62), (0.2, 0.66), (0, 0.58)]),  # mouth
+    )
+    image = Image.new("RGB", (128, 128), tuple(rng.randint(60, 230) for _ in range(3)))
     x, y, r = 64 + rng.uniform(-8, 8), 68 + rng.uniform(-6, 6), rng.uniform(34, 42)
-
-    # In the head's own coordinates: (0, 0) is its middle, 1 its radius; both sides alike.
-    def blob(cx, cy, rx, ry, colour):
-        for side in (-1, 1):
-            mx, my = x + side * cx * r, y + cy * r
-            draw.ellipse((mx - rx * r, my - ry * r, mx + rx * r, my + ry * r), tuple(colour))
-
-    def shape(colour, *points):
-        for side in (-1, 1):
-            draw.polygon([(x + side * px * r, y + py * r) for px, py in points], tuple(colour))
-
-    draw.rectangle((0, rng.randint(80, 115), 128, 128), tuple(int(v * 0.75) for v in back))
-    blob(0, 1.9, 1.1, 1.3, fur)  # body, ears, head
-    tip = rng.uniform(1.2, 1.5)
-    shape(fur, (0.95, -0.1), (0.85, -tip), (0.2, -0.8))
-    shape((230, 160, 160), (0.82, -0.4), (0.78, 0.25 - tip), (0.4, -0.75))
-    blob(0, 0, 1.1, 0.95, fur)
-    if rng.random() < 0.6:  # a tabby's stripes
-        for k in (-1, 0, 1):
-            shape(dark, (k * 0.3 - 0.09, -0.9), (k * 0.3 + 0.09, -0.9), (k * 0.22, -0.4))
-            shape(dark, (1.08, 0.1 + k * 0.2), (1.02, 0.2 + k * 0.2), (0.7, 0.15 + k * 0.15))
-    if rng.random() < 0.6:
-        blob(0.12, 0.55, 0.35, 0.36, light)  # a white muzzle
-    wide = rng.uniform(0.15, 0.26)
-    blob(0.45, -0.1, 0.27, wide + 0.03, dark)
-    blob(0.45, -0.1, 0.24, wide, eyes)
-    blob(0.45, -0.1, 0.09, wide * 0.9, (15, 15, 15))
-    blob(0.49, -0.18, 0.05, 0.05, (255, 255, 255))
-    shape((215, 110, 120), (0, 0.3), (0.13, 0.3), (0, 0.45))  # nose, mouth, whiskers
-    shape((90, 50, 50), (0, 0.45), (0.03, 0.55), (0.22, 0.62), (0.2, 0.66), (0, 0.58))
-    for k in (-0.12, 0.02, 0.16):
-        shape((250, 250, 250), (0.3, 0.5 + k / 3), (1.35, 0.45 + k), (0.3, 0.52 + k / 3))
-    return image.resize((size, size), Image.LANCZOS)
+    for colour, points in parts:
+        for side in (-1, 1):  # both sides alike
+            at_side = [(x + side * px * r, y + py * r) for px, py in points]
+            ImageDraw.Draw(image).polygon(at_side, tuple(colour))
+    return image.resize((size, size), Image.LANCZOS)  # drawn large, then shrunk: smooth edges
 
 
 def draw_batch(pictures, settings, step, device):
@@ -712,7 +739,7 @@ class Attention(nn.Module):
         b, c, h, w = x.shape
         y = self.norm(x).flatten(2).transpose(1, 2)  # (B, HW, C): pixels as a list
         q, k, v = self.q(y), self.k(y), self.v(y)
-        weights = (q @ k.transpose(1, 2) * c**-0.5).softmax(-1)  # (B, HW, HW): who looks at whom
+        weights = (q * c**-0.5 @ k.transpose(1, 2)).softmax(-1)  # (B, HW, HW): who looks at whom
         y = self.out(weights.to(v.dtype) @ v)
         return x + y.transpose(1, 2).reshape(b, c, h, w)
 
