@@ -40,6 +40,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import sys
 import time
@@ -350,11 +351,10 @@ PREPARED = 1  # raise it when pictures are prepared in another way: old caches a
 def find_pictures(folders):
     """All picture files below `folders`, once each, without hidden ones (macOS' ._cat.jpg)."""
     found = {}
-    for folder in folders:
-        if not Path(folder).is_dir():
+    for folder in map(Path, folders):
+        if not folder.is_dir():
             raise Failure(f"--data {folder}: there is no such folder")
-        files = (Path(place, name) for place, _, names in os.walk(folder) for name in names)
-        files = (f for f in files if f.suffix.lower() in SUFFIXES)
+        files = (f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES)
         shown = (f for f in files if not any(p[0] == "." for p in f.relative_to(folder).parts))
         found |= dict.fromkeys(sorted(shown))
     if not found:
@@ -397,33 +397,28 @@ def read_picture(path, size):
     if not path.is_file():  # a named pipe would hang us
         raise OSError("not a regular file")
     with Image.open(path, formats=("JPEG", "PNG", "WEBP", "BMP", "GIF")) as image:
-        (width, height), orientation, complaint = image.size, 1, ""
+        (width, height), box, complaint = image.size, None, ""
         if width * height > 50_000_000 and image.format != "JPEG":
             raise ValueError("more than 50 million pixels")
-        with contextlib.suppress(Exception):  # damaged EXIF data, whole picture
-            orientation = image.getexif().get(0x0112, 1)
-        side = min(width, height)
-        left, top = (width - side) / 2, (height - side) / 2
-        box = left, top, left + side, top + side  # the centre, unless we know where the face is
         try:
-            box = face_box(path, width, height) or box
+            box = face_box(path, width, height)
         except (ValueError, OSError) as e:
             complaint = f".cat file ignored: {e}"
         # A JPEG can be decoded at 1/2, 1/4 or 1/8 of its size, for a fraction of the time.
-        shrink = size / (box[2] - box[0])
-        drafted = image.draft(None, (math.ceil(width * shrink), math.ceil(height * shrink)))
-        if drafted:  # its sides were rounded up, what it says here is exact
-            box = [edge * drafted[1][2] / width for edge in box]
+        shrink = size / (box[2] - box[0] if box else min(width, height))
+        image.draft(None, (math.ceil(width * shrink), math.ceil(height * shrink)))
+        if box:
+            image = image.crop([edge * image.width / width for edge in box])
         if image.mode.startswith("I"):  # 16 bit
             image = image.convert("I").point(lambda v: v / 257).convert("L")
-            image.info.clear()  # what is said there of transparency is in 16 bit, too
+            image.info.pop("transparency", None)  # it is in 16 bit, too
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        image = image.convert("RGB").resize((size, size), Image.LANCZOS, box, reducing_gap=3)
-        image.info.clear()
-        image.getexif()[0x0112] = orientation  # a square may be turned last
-        return ImageOps.exif_transpose(image).tobytes(), complaint
+        image = image.convert("RGB")
+        with contextlib.suppress(Exception):  # damaged EXIF data, whole picture
+            ImageOps.exif_transpose(image, in_place=True)
+        return ImageOps.fit(image, (size, size), Image.LANCZOS).tobytes(), complaint
 
 
 def decode_pictures(paths, size):
@@ -1077,13 +1072,88 @@ def make_diffusion(s):
     return Diffusion(s.timesteps, s.schedule, s.prediction, s.min_snr)
 
 
+# The paper's own networks live on in another layout: a folder with config.json and the weights,
+# under the names of Hugging Face's diffusers library (google/ddpm-ema-cat-256 and its family). The
+# network is ours; only the names differ.
+THEIR_WORDS = {
+    "time_embedding.linear_1": "time.0", "time_embedding.linear_2": "time.2",
+    "conv_norm_out": "norm_out", "time_emb_proj": "time", "conv_shortcut": "shortcut",
+    "group_norm": "norm", "to_out.0": "out", "to_q": "q", "to_k": "k", "to_v": "v",
+    "query": "q", "key": "k", "value": "v", "proj_attn": "out",  # in old files
+}  # fmt: skip
+
+
+THEIR_CONFIG = {  # what makes a UNet2DModel the paper's network
+    "_class_name": "UNet2DModel", "flip_sin_to_cos": False, "freq_shift": 1, "norm_eps": 1e-6,
+    "downsample_padding": 0, "attention_head_dim": None, "norm_num_groups": 32,
+}  # fmt: skip
+
+
+def our_name(name, blocks):
+    """A weight's name in diffusers -> its name in our UNet with that many blocks a floor."""
+    for theirs, ours in THEIR_WORDS.items():
+        name = name.replace(theirs, ours)
+    if not (found := re.fullmatch(r"(down|mid|up)_blocks?(?:\.(\d+))?\.(\w+)\.(\d+)\.(.*)", name)):
+        return name
+    way, floor, kind, i, rest = found.groups()
+    rest = {"attentions": f"attention.{rest}"}.get(kind, rest.removeprefix("conv."))
+    per_floor = {"down": blocks + 1, "mid": 0, "up": blocks + 2}[way]
+    i = per_floor - 1 if kind.endswith("samplers") else int(i)
+    return f"{way.replace('mid', 'middle')}.{int(floor or 0) * per_floor + i}.{rest}"
+
+
+def read_safetensors(path):
+    """The tensors in a .safetensors file: the length of a JSON header, the header, raw numbers."""
+    kinds = {"F64": torch.float64, "F32": torch.float32, "F16": torch.half, "BF16": torch.bfloat16}
+    data = torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8)
+    start = 8 + int.from_bytes(bytes(data[:8].tolist()), "little")
+    tensors = json.loads(bytes(data[8:start].tolist()))
+    tensors.pop("__metadata__", None)
+    for name, about in tensors.items():
+        first, last = (start + offset for offset in about["data_offsets"])
+        tensors[name] = data[first:last].clone().view(kinds[about["dtype"]]).view(about["shape"])
+    return tensors
+
+
+def read_folder(folder):
+    """What read_checkpoint gives, from a folder in the layout of diffusers' UNet2DModel."""
+    try:
+        c = json.loads((folder / "config.json").read_text())
+        widths, size = c["block_out_channels"], c["sample_size"]
+        kinds = [kind.replace("DownBlock2D", "") for kind in c["down_block_types"]]
+        odd = [key for key, value in THEIR_CONFIG.items() if c[key] != value]
+        if odd or min(widths) < 128 or {*kinds} - {"", "Attn"}:
+            raise ValueError(f"not the paper's kind of network: {', '.join(odd) or 'blocks'}")
+        settings = Settings(
+            size=size,
+            channels=widths[0],
+            mults=tuple(width // widths[0] for width in widths),
+            blocks=c["layers_per_block"],
+            attention=tuple(size >> floor for floor, kind in enumerate(kinds) if kind),
+            schedule="linear",
+            prediction="eps",
+        )
+        path = folder / "diffusion_pytorch_model.safetensors"
+        if path.exists():
+            weights = read_safetensors(path)
+        else:
+            weights = torch.load(path.with_suffix(".bin"), map_location="cpu", weights_only=True)
+        weights = {our_name(name, settings.blocks): value for name, value in weights.items()}
+        return {"settings": complete(settings), "ema": weights, "step": 0}
+    except Exception as e:  # a damaged file can raise anything
+        raise Failure(f"{folder}: not a folder with a DDPM of diffusers ({brief(e)})") from None
+
+
 def load_checkpoint(path, device="cpu"):
-    """A trained network, ready for sample(): model with the averaged weights, diffusion, step."""
-    device, state = torch.device(device), read_checkpoint(path)
+    """A trained network, ready for sample(): model with the averaged weights, diffusion, step.
+
+    path: a file that train wrote, or a folder in the layout of diffusers.
+    """
+    state = read_folder(Path(path)) if Path(path).is_dir() else read_checkpoint(path)
     with torch.device("meta"):  # a network without memory, until weights that fit bring theirs
         model = make_unet(state["settings"])
     load_parts({"ema": model}, state, path, assign=True)
-    diffusion = make_diffusion(state["settings"])
+    diffusion, device = make_diffusion(state["settings"]), torch.device(device)
     model = to_device(model.float(), device).eval().requires_grad_(False)
     return model, diffusion.to(device), state["step"]
 

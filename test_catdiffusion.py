@@ -542,7 +542,7 @@ def test_bad_pictures_are_skipped_counted_and_named(tmp_path, capsys):
     pictures = cd.map_pictures(cd.cache_pictures([tmp_path / "data", deep], 16, "run"), 16)
     told = capsys.readouterr().out
     assert pictures.shape == (3, 16, 16, 3)
-    assert "6 of 9 pictures skipped" in told and "empty.png" in told and "half.jpg" in told
+    assert "7 of 10 pictures skipped" in told and "empty.png" in told and "half.jpg" in told
     assert "\x1b" not in told and "._0" not in told
 
 
@@ -680,6 +680,99 @@ def test_damaged_checkpoints_are_refused_in_one_line(tmp_path, capsys):
         err = capsys.readouterr().err
         assert "bad.pt" in err and err.count("\n") == 1
     assert not Path("samples").exists() and not Path("code-was-run").exists()
+
+
+# Our layers and those of diffusers' UNet2DModel, for one residual block a floor and two floors.
+LAYERS = """down.0 down_blocks.0.resnets.0|down.1 down_blocks.0.downsamplers.0.conv
+down.2 down_blocks.1.resnets.0|down.2.attention down_blocks.1.attentions.0
+middle.0 mid_block.resnets.0|middle.0.attention mid_block.attentions.0
+middle.1 mid_block.resnets.1|up.0 up_blocks.0.resnets.0|up.0.attention up_blocks.0.attentions.0
+up.1 up_blocks.0.resnets.1|up.1.attention up_blocks.0.attentions.1
+up.2 up_blocks.0.upsamplers.0.conv|up.3 up_blocks.1.resnets.0|up.4 up_blocks.1.resnets.1
+conv_in conv_in|norm_out conv_norm_out|conv_out conv_out
+time.0 time_embedding.linear_1|time.2 time_embedding.linear_2"""
+WORDS = [("time", "time_emb_proj"), ("shortcut", "conv_shortcut"), ("norm", "group_norm")]
+CONFIG = {
+    "_class_name": "UNet2DModel",
+    "attention_head_dim": None,
+    "block_out_channels": [128, 256],
+    "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
+    "downsample_padding": 0,
+    "flip_sin_to_cos": False,
+    "freq_shift": 1,
+    "layers_per_block": 1,
+    "norm_eps": 1e-6,
+    "norm_num_groups": 32,
+    "sample_size": 8,
+}
+
+
+def write_folder(folder, model, old=False):
+    """A folder as diffusers writes it, in the format of today or the old one, by hand."""
+    names = dict(pair.split() for pair in LAYERS.replace("\n", "|").split("|"))
+    attention = [("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("out", "to_out.0")]
+    if old:
+        attention = [("q", "query"), ("k", "key"), ("v", "value"), ("out", "proj_attn")]
+    weights, header, data = {}, {"__metadata__": {"format": "pt"}}, b""
+    for name, value in model.state_dict().items():
+        ours = max((layer for layer in names if name.startswith(f"{layer}.")), key=len)
+        layer, kind = name[len(ours) + 1 :].rpartition(".")[::2]
+        weights[
+            ".".join(filter(None, (names[ours], dict(WORDS + attention).get(layer, layer), kind)))
+        ] = value
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    if old:
+        return torch.save(weights, folder / "diffusion_pytorch_model.bin")
+    for name, value in weights.items():
+        raw = bytes(value.contiguous().view(-1).view(torch.uint8).tolist())
+        offsets = [len(data), len(data) + len(raw)]
+        header[name] = {"dtype": "F32", "shape": list(value.shape), "data_offsets": offsets}
+        data += raw
+    head = json.dumps(header).encode()
+    whole = len(head).to_bytes(8, "little") + head + data
+    (folder / "diffusion_pytorch_model.safetensors").write_bytes(whole)
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_a_network_in_the_layout_of_diffusers_is_read(old, tmp_path, capsys):
+    torch.manual_seed(0)
+    model = cd.UNet(8, 128, (1, 2), 1, (4,))
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.05)
+    write_folder(tmp_path / "cat", model, old)
+    loaded, diffusion, _ = cd.load_checkpoint(tmp_path / "cat")
+    assert all(torch.equal(v, loaded.state_dict()[k]) for k, v in model.state_dict().items())
+    assert diffusion.prediction == "eps" and near([diffusion.betas[-1] * 1e6], [20000], 1)
+    assert run("sample", "--checkpoint", tmp_path / "cat", "-n", 1, "--steps", 2) == 0
+    capsys.readouterr()
+    for name in (
+        "diffusion_pytorch_model.safetensors",
+        "diffusion_pytorch_model.bin",
+        "config.json",
+    ):
+        if (file := tmp_path / "cat" / name).exists():
+            whole = file.read_bytes()
+            for bad in (
+                b"",
+                b"\xff" * 9,
+                whole[: len(whole) // 2],
+                whole[: len(whole) - 40],
+                b"{}",
+            ):
+                file.write_bytes(bad)
+                assert run("sample", "--checkpoint", tmp_path / "cat", "-n", 1) == 2
+                told = capsys.readouterr()
+                assert told.err.count("\n") == 1 and "cat" in told.err
+            file.write_bytes(whole)
+    for key, value in (
+        ("block_out_channels", [64, 128]),
+        ("layers_per_block", 2),
+        ("freq_shift", 0),
+    ):
+        (tmp_path / "cat" / "config.json").write_text(json.dumps(CONFIG | {key: value}))
+        assert run("sample", "--checkpoint", tmp_path / "cat", "-n", 1) == 2
+    assert run("sample", "--checkpoint", tmp_path) == 2
 
 
 def test_a_different_picture_is_never_overwritten(tmp_path):
