@@ -14,6 +14,7 @@ import random
 import signal
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -672,6 +673,10 @@ def test_damaged_checkpoints_are_refused_in_one_line(tmp_path, capsys):
     torch.save({**state, "format": "catdiffusion 0"}, "old.pt")
     torch.save({k: v for k, v in state.items() if k != "step"}, "stepless.pt")
     torch.save([1, 2], "list.pt")
+    with zipfile.ZipFile("bomb2.pt", "w", zipfile.ZIP_DEFLATED) as bomb:
+        with zipfile.ZipFile("run/checkpoint.pt") as whole:
+            for name in whole.namelist():
+                bomb.writestr(name, whole.read(name))
     written = [path.read_bytes() for path in Path(".").glob("*.pt")]
     for bad in (b"", b"hello", good[: len(good) // 2], good[:-30], *written):
         path.write_bytes(bad)
@@ -680,6 +685,38 @@ def test_damaged_checkpoints_are_refused_in_one_line(tmp_path, capsys):
         err = capsys.readouterr().err
         assert "bad.pt" in err and err.count("\n") == 1
     assert not Path("samples").exists() and not Path("code-was-run").exists()
+    for bad in (None, [], {"state": {0: 1}}):
+        torch.save({**state, "optimizer": bad}, "run/checkpoint.pt")
+        assert run("train", *SMALL, "--steps", 2) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_full_disk_does_not_end_the_run(monkeypatch, capsys):
+    fsync, calls = os.fsync, []
+
+    def full(number):
+        calls.append(1)
+        if len(calls) in (2, 3):  # the first is that of the cache of pictures
+            raise OSError(28, "No space left on device", "run/checkpoint.pt.part")
+        fsync(number)
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert run("train", *SMALL, "--steps", 5, "--every", 0) == 0
+    told = capsys.readouterr().out
+    assert "NOT SAVED" in told and "No space left" in told and len(calls) > 3
+    assert torch.load("run/checkpoint.pt", weights_only=True)["step"] == 5
+
+
+def test_a_full_disk_at_the_end_is_an_error(monkeypatch, capsys):
+    assert run("train", *SMALL, "--steps", 2) == 0
+
+    def full(number):
+        raise OSError(28, "No space left on device", "run/checkpoint.pt.part")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert run("train", *SMALL, "--steps", 4) == 2
+    assert "No space left" in capsys.readouterr().err
+    assert torch.load("run/checkpoint.pt", weights_only=True)["step"] == 2
 
 
 # Our layers and those of diffusers' UNet2DModel, for one residual block a floor and two floors.
