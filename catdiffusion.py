@@ -31,6 +31,7 @@ are at 1 and 14 from each other. The README shows them.
 """
 
 import argparse
+import atexit
 import contextlib
 import copy
 import hashlib
@@ -185,8 +186,8 @@ def complete(s):
         raise Failure(f"timesteps {s.timesteps}: must be from 2 to 100000")
     if s.channels % 4:
         raise Failure(f"--channels {s.channels}: must be a multiple of 4")
-    if s.batch % s.accum:
-        raise Failure(f"--accum {s.accum}: must divide --batch {s.batch}")
+    if s.batch % (s.accum * WORLD):
+        raise Failure(f"--accum {s.accum} times {WORLD} processes: must divide --batch {s.batch}")
     return s
 
 
@@ -213,11 +214,36 @@ def pick_device(name="auto"):
                 return torch_xla.device()
             if name == "tpu":
                 raise RuntimeError("torch_xla finds no TPU")
+        if name in ("auto", "cuda") and WORLD > 1 and torch.cuda.is_available():
+            name = f"cuda:{os.environ['LOCAL_RANK']}"
         if name == "auto":
             name = torch.accelerator.current_accelerator(check_available=True) or "cpu"
         return torch.zeros(1, device=name).device
     except (ImportError, OSError, RuntimeError, AssertionError) as e:
         raise Failure(f"--device {name}: not on this machine ({brief(e)}); try auto") from None
+
+
+# Many processes: `torchrun --nproc-per-node=4 catdiffusion.py train ...` starts this file four
+# times and gives each its number, RANK. Each has the whole network and does its part of every
+# batch, and DistributedDataParallel averages their gradients, so that all take the same step.
+# Number 0 alone decodes, saves and prints. In a single process none of this does anything.
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def join_team(device):
+    """Connect the processes: by NCCL between GPUs, else by gloo."""
+    if WORLD > 1:
+        torch.distributed.init_process_group(
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        )
+        atexit.register(torch.distributed.destroy_process_group)
+
+
+def add_up(tensor):
+    """The sum of a tensor over all processes, in place; they wait for each other here."""
+    if WORLD > 1:
+        torch.distributed.all_reduce(tensor)
+    return tensor
 
 
 def autocast(device):
@@ -513,10 +539,11 @@ def draw_batch(pictures, settings, step, device):
     # there: each t is as likely as before, but no batch is all noise or all picture (Kingma et al.
     # 2021, arXiv:2107.00630, appendix I).
     t = ((torch.rand(1) + torch.arange(b)) / b * timesteps).long() % timesteps  # one per b-th part
+    eps = torch.randn(b, 3, *pictures.shape[1:3], device=device)
+    index, flip, t, eps = (part[RANK::WORLD] for part in (index, flip, t, eps))  # our part of it
     x0 = pictures[index].to(device)  # (B, H, W, 3), uint8
     x0 = torch.where(flip.to(device)[:, None, None, None], x0.flip(2), x0)
-    x0 = x0.permute(0, 3, 1, 2).float() / 127.5 - 1
-    return x0, t.to(device), torch.randn(x0.shape, device=device)
+    return x0.permute(0, 3, 1, 2).float() / 127.5 - 1, t.to(device), eps
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1251,11 +1278,12 @@ class Progress:
     def write(self, **record):
         """Add a line to the log."""
         self.records.append(record)
-        with contextlib.suppress(OSError), open(self.log, "a") as file:
+        with contextlib.suppress(OSError), open(self.log if RANK == 0 else os.devnull, "a") as file:
             file.write(json.dumps(record) + "\n")
 
     def report(self, step, tally):
         """Fetch the tally from the device, log it and show it. Raises Failure if all goes wrong."""
+        add_up(tally[:2])
         s, (losses, counts, (in_a_row, skipped, *_)) = self.settings, tally.tolist()
         if in_a_row >= REPORT:
             text = (
@@ -1294,7 +1322,12 @@ def train(settings):
     if step >= s.steps:
         print(f"{path} has all its {step} steps; to go on, give --steps a larger number")
         return 0
+    join_team(device)
+    if RANK:
+        add_up(torch.zeros(1))  # wait for number 0, which decodes
     cache = cache_pictures(s.data, s.size, run)
+    if not RANK:
+        add_up(torch.zeros(1))
     pictures = map_pictures(cache, s.size)
     if len(pictures) < 1000:
         print(f"note: {len(pictures)} pictures are few; below 1,000 or so a network repeats them")
@@ -1307,6 +1340,7 @@ def train(settings):
     parts = {"model": model, "ema": ema.model, "optimizer": optimizer}
     if step:
         load_parts(parts, saved, path)
+    team = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
     progress = Progress(s, step, saved["seconds"])
     million = sum(p.numel() for p in model.parameters()) / 1e6
     text = f"{len(pictures)} pictures of {s.size} px, {million:.1f} M parameters, on {device}"
@@ -1315,6 +1349,8 @@ def train(settings):
     def save(and_preview, last=False):
         state = {name: part.state_dict() for name, part in parts.items()}
         rest = {"settings": asdict(s), "step": step, "seconds": progress.seconds()}
+        if RANK:
+            return  # number 0 does it
         try:
             save_checkpoint(path, state | rest)
             if and_preview:
@@ -1330,10 +1366,10 @@ def train(settings):
     tally = torch.zeros(3, 4, device=device)
     due = progress.before + 60 * min(1, s.every)  # often at first: after 1, 2, 4, ... minutes
     with note_signals() as signals:  # so that a step is always finished
-        while step < s.steps and not signals:
+        while step < s.steps and not add_up(torch.tensor(len(signals))):
             batch = draw_batch(pictures, s, step, device)
             lr = s.lr * min(1, (step + 1) / s.warmup)  # small while Adam's averages are young
-            train_step(model, diffusion, optimizer, lr, batch, s.accum, tally)
+            train_step(team, diffusion, optimizer, lr, batch, s.accum, tally)
             ema.update(model, step)
             step += 1
             end_of_step(device)
@@ -1344,10 +1380,10 @@ def train(settings):
             if progress.seconds() >= due and step < s.steps:
                 save(and_preview=True)
                 due = progress.seconds() + min(60 * s.every, max(60, progress.seconds()))
-        save(and_preview=not signals, last=True)
-    if signals:
+        save(and_preview=step == s.steps, last=True)
+    if step < s.steps:
         show(f"stopped and saved at step {step}; the same command goes on from there")
-        return 128 + signals[0]  # 130 for Ctrl-C, 143 for SIGTERM
+        return 128 + (signals or [signal.SIGTERM])[0]  # 130 for Ctrl-C, 143 for SIGTERM
     again = "" if s.run == Settings.run else f" --checkpoint {path}"
     minutes = progress.seconds() / 60
     show(f"done in {minutes:.1f} minutes; now: python catdiffusion.py sample -n 8{again}")
@@ -1364,15 +1400,17 @@ def train(settings):
 def draw_samples(d):
     """Draw pictures as `d` (a Drawing) says. Returns the exit code."""
     check(d)
-    model, diffusion, learned = load_checkpoint(d.checkpoint, pick_device(d.device))
+    device = pick_device(d.device)
+    model, diffusion, learned = load_checkpoint(d.checkpoint, device)
     whole = diffusion.timesteps
     steps = d.steps or {"dpm": 25, "ddim": 50}.get(d.sampler, whole)
     if steps > whole or (d.sampler == "ddpm-large" and steps < whole):
         raise Failure(f"--steps {steps}: at most {whole} here, and for ddpm-large no fewer")
     stem = Path(d.out, "cat") if d.out.endswith("/") or Path(d.out).is_dir() else Path(d.out)
     stem = f"{stem}-{d.seed}"
-    images, frames, begun = [], [], time.perf_counter()
-    for first in range(0, d.n, d.batch):
+    images, frames, begun = {}, [], time.perf_counter()
+    join_team(device)
+    for first in range(d.batch * RANK, d.n, d.batch * WORLD):
         count = min(d.batch, d.n - first)
         chain = sample(model, diffusion, count, d.sampler, steps, d.eta, d.seed, first)
         for k, (_, x_t, x0) in enumerate(chain, 1):
@@ -1382,9 +1420,15 @@ def draw_samples(d):
             if d.gif and first == 0 and (k % -(-steps // 50) == 0 or k == steps):
                 pair = make_grid(to_images(x_t)), make_grid(to_images(x0))  # noisy, and the guess
                 frames.append(make_grid(pair, columns=2, gap=6))
-        for image in to_images(x0):
-            save_new(image, Path(f"{stem}-{len(images):04}.png"))
-            images.append(image)
+        for i, image in enumerate(to_images(x0), first):
+            save_new(image, Path(f"{stem}-{i:04}.png"))
+            images |= {i: image} if i < 400 else {}  # for the sheet
+    parts = [images] * WORLD
+    if WORLD > 1:
+        torch.distributed.all_gather_object(parts, images)
+    images = [image for _, image in sorted(item for part in parts for item in part.items())]
+    if RANK:
+        return 0
     names = [save_new(make_grid(images), Path(f"{stem}-grid.png"))]
     if d.gif:
         times = [80] * (len(frames) - 1) + [3000]  # milliseconds a frame
@@ -1431,6 +1475,8 @@ def parser():
 
 def main(argv=None):
     """Run the command line `argv` (without the program's name). Returns the exit code."""
+    if RANK:
+        sys.stdout = open(os.devnull, "w")  # number 0 speaks for all
     try:
         given = as_tuples(vars(parser().parse_args(argv)))
         if given.pop("command") == "sample":

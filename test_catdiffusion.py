@@ -1073,6 +1073,35 @@ def test_the_tpu_path_compiles_once(tmp_path):
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
 
 
+TEAM = """
+import sys, torch, catdiffusion as cd
+cd.REPORT, cd.autocast = 1, lambda device: torch.autocast("cpu", enabled=False)
+sys.exit(cd.main())
+"""
+
+
+def test_many_processes_do_what_one_does(tmp_path):
+    Path("team.py").write_text(TEAM)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(Path(cd.__file__).parent),
+        "OMP_NUM_THREADS": "1",
+    }
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--"]
+    common = [*SMALL, "--lr", "0.1", "--steps", "20"]
+    draw = ["sample", "-n", "3", "--batch", "1", "--steps", "2", "--checkpoint", "a/checkpoint.pt"]
+    for name, how in (("a", [sys.executable]), ("b", launch)):
+        for words in (["train", *common, "--run", name], [*draw, "--out", f"{name}/out/cat"]):
+            command = [*how, "team.py", *words]
+            subprocess.run(command, env=environment, check=True, capture_output=True)
+    logs = [Path(name, "log.jsonl").read_text().splitlines() for name in "ab"]
+    a, b = ([r["loss"] for r in map(json.loads, log) if "loss" in r] for log in logs)
+    assert len(a) == 20 and a == pytest.approx(b, abs=1e-4) and max(a) > 1.05 * min(a)
+    files = [sorted(Path(name, "out").iterdir()) for name in "ab"]
+    assert [p.name for p in files[0]] == [p.name for p in files[1]] and len(files[0]) == 4
+    assert all(p.read_bytes() == q.read_bytes() for p, q in zip(*files))
+
+
 def test_cross_check_of_the_loss_with_plain_pytorch():
     """Algorithm 1 written out once more, on one batch."""
     model, d = small_unet(), cd.Diffusion().to("cpu")
