@@ -1037,7 +1037,7 @@ def on_cpu(value):
 
 
 def save_checkpoint(path, state):
-    """Write state (settings, step, seconds, model, ema, optimizer) to path, whole or not at all."""
+    """Write state (settings, step, seconds, log, model, ema, optimizer) to path, whole or not."""
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **on_cpu(state)}, buffer)
     with whole_file(path) as file:
@@ -1065,6 +1065,7 @@ def read_checkpoint(path):
             raise ValueError("made by another program or version")
         state["settings"] = complete(Settings(**as_tuples(state["settings"])))
         state["step"], state["seconds"] = int(state["step"]), float(state["seconds"])
+        state["log"] = [dict(record) for record in state["log"]]
         return state
     except Exception as e:  # a damaged file can raise anything
         raise Failure(f"{path}: not a whole catdiffusion checkpoint ({brief(e)})") from None
@@ -1254,14 +1255,12 @@ def preview(model, diffusion, pictures, path):
 class Progress:
     """What a run tells of itself: the status line, and log.jsonl, a line of JSON per report."""
 
-    def __init__(self, settings, step, seconds):
-        self.settings, self.before, self.begun = settings, seconds, time.perf_counter()
-        self.log = Path(settings.run, "log.jsonl")
-        lines = self.log.read_text().splitlines() if self.log.exists() else []
-        records = [json.loads(line) for line in lines if line.endswith("}")]
-        self.records = [r for r in records if r["step"] <= step]  # drop what was not saved
+    def __init__(self, settings, saved):
+        self.settings, self.before, self.begun = settings, saved["seconds"], time.perf_counter()
+        self.log = Path(settings.run, "log.jsonl") if RANK == 0 else Path(os.devnull)
+        self.records = saved["log"]  # those that came after the checkpoint are gone with their work
         self.log.write_text("".join(json.dumps(r) + "\n" for r in self.records))
-        self.mark(step)
+        self.mark(saved["step"])
 
     def mark(self, step):
         """Measure the speed from here on."""
@@ -1274,7 +1273,7 @@ class Progress:
     def write(self, **record):
         """Add a line to the log."""
         self.records.append(record)
-        with contextlib.suppress(OSError), open(self.log if RANK == 0 else os.devnull, "a") as file:
+        with contextlib.suppress(OSError), open(self.log, "a") as file:
             file.write(json.dumps(record) + "\n")
 
     def report(self, step, tally):
@@ -1309,7 +1308,7 @@ def differences(old, new):
 def train(settings):
     """Train as `settings` say, from their checkpoint if there is one. Returns the exit code."""
     s, device, run = settings, pick_device(settings.device), Path(settings.run)
-    path, saved = run / "checkpoint.pt", {"step": 0, "seconds": 0.0}
+    path, saved = run / "checkpoint.pt", {"step": 0, "seconds": 0.0, "log": []}
     if path.exists():
         saved = read_checkpoint(path)
         if other := differences(saved["settings"], s):
@@ -1337,23 +1336,26 @@ def train(settings):
     if step:
         load_parts(parts, saved, path)
     team = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
-    progress = Progress(s, step, saved["seconds"])
+    progress = Progress(s, saved)
     million = sum(p.numel() for p in model.parameters()) / 1e6
     text = f"{len(pictures)} pictures of {s.size} px, {million:.1f} M parameters, on {device}"
     print(f"{text}, step {step} of {s.steps}; checkpoint, previews and log go to {run}")
 
     def save(and_preview, last=False):
-        state = {name: part.state_dict() for name, part in parts.items()}
-        rest = {"settings": asdict(s), "step": step, "seconds": progress.seconds()}
         if RANK:
             return  # number 0 does it
         try:
-            save_checkpoint(path, state | rest)
             if and_preview:
                 sheet = run / "previews" / f"{step:06}.png"
                 progress.write(step=step, **preview(ema.model, diffusion, pictures, sheet))
                 draw_curve([r for r in progress.records if "loss" in r], run / "loss.png")
         except OSError as e:  # the disk is full, say: someone may make room
+            show(f"no preview: {e.filename}: {e.strerror}")
+        state = {"step": step, "seconds": progress.seconds(), "log": progress.records}
+        state |= {name: part.state_dict() for name, part in parts.items()}
+        try:
+            save_checkpoint(path, {"settings": asdict(s), **state})
+        except OSError as e:
             if last:
                 raise
             show(f"NOT SAVED: {e.filename}: {e.strerror}; the run goes on, and tries again later")
