@@ -110,7 +110,7 @@ class Settings:
 class Drawing:
     """draw with what was learned"""
 
-    checkpoint: str = opt(f"{Settings.run}/checkpoint.pt", "what train has learned")
+    checkpoint: str = opt("", "what train has learned; none: run/checkpoint.pt, else our own cats")
     n: int = opt(8, "pictures", 1, 10**6)
     seed: int = opt(0, "another seed, other cats", 0, 2**63)
     out: str = opt("samples/cat", "start of the files' names, or a folder")
@@ -1399,7 +1399,10 @@ def draw_samples(d):
     """Draw pictures as `d` (a Drawing) says. Returns the exit code."""
     check(d)
     device = pick_device(d.device)
-    model, diffusion, learned = load_checkpoint(d.checkpoint, device)
+    usual = [Path(Settings.run, "checkpoint.pt"), Path(__file__).parent / "samples/catdiffusion.pt"]
+    path = d.checkpoint or next(filter(os.path.exists, usual), usual[0])
+    model, diffusion, learned = load_checkpoint(path, device)
+    show(f"drawing with {path}, step {learned}")
     whole = diffusion.timesteps
     steps = d.steps or {"dpm": 25, "ddim": 50}.get(d.sampler, whole)
     if steps > whole or (d.sampler == "ddpm-large" and steps < whole):
@@ -1432,9 +1435,7 @@ def draw_samples(d):
         times = [80] * (len(frames) - 1) + [3000]  # milliseconds a frame
         film = {"save_all": True, "append_images": frames[1:], "duration": times, "loop": 0}
         names.append(save_new(frames[0], Path(f"{stem}.gif"), **film))
-    text = (
-        f"{d.n} pictures in {time.perf_counter() - begun:.1f} s by {d.checkpoint}, step {learned}"
-    )
+    text = f"{d.n} pictures in {time.perf_counter() - begun:.1f} s"
     show(f"{text}: {stem}-*.png, {', '.join(map(str, names))}")
     return 0
 

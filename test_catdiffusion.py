@@ -984,6 +984,23 @@ def test_the_two_commands_end_to_end(capsys, monkeypatch):
     assert "--steps" in capsys.readouterr().out
 
 
+def test_sample_takes_your_checkpoint_else_the_one_beside_the_program(monkeypatch, capsys):
+    monkeypatch.setattr(cd, "__file__", str(Path("program", "catdiffusion.py").absolute()))
+    assert run("sample", "-n", 1, "--steps", 1) == 2
+    assert "no such checkpoint" in capsys.readouterr().err
+    assert run("train", *SMALL, "--steps", 2) == 0
+    state = torch.load("run/checkpoint.pt", weights_only=True)
+    state = {k: v for k, v in state.items() if k not in ("model", "optimizer")}
+    state["ema"] = {k: v.half() for k, v in state["ema"].items()}  # as it comes with the program
+    Path("program", "samples").mkdir(parents=True)
+    torch.save(state, "program/samples/catdiffusion.pt")
+    assert run("sample", "-n", 1, "--steps", 1) == 0
+    assert "with run/checkpoint.pt, step 2" in capsys.readouterr().out
+    Path("run", "checkpoint.pt").unlink()
+    assert run("sample", "-n", 1, "--steps", 1) == 0
+    assert "program/samples/catdiffusion.pt" in capsys.readouterr().out
+
+
 def test_few_pictures_train_with_a_warning(tmp_path, capsys):
     (tmp_path / "one").mkdir()
     cd.draw_cat(random.Random(0), 32).save(tmp_path / "one" / "cat.png")
