@@ -48,6 +48,7 @@ import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -66,6 +67,8 @@ from torch import nn
 
 DEVICES = "auto", "tpu", "cuda", "mps", "xpu", "cpu"
 SAMPLERS = "dpm", "ddim", "ddpm", "ddpm-large"
+# Which of several processes this is, and how many there are: see "Where to compute".
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def opt(default, help, *allowed, free=False):
@@ -227,15 +230,15 @@ def pick_device(name="auto"):
 # times and gives each its number, RANK. Each has the whole network and does its part of every
 # batch, and DistributedDataParallel averages their gradients, so that all take the same step.
 # Number 0 alone decodes, saves and prints. In a single process none of this does anything.
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+# (Put `--` before catdiffusion.py if you also give --run: torchrun takes it for a flag of its own.)
 
 
 def join_team(device):
     """Connect the processes: by NCCL between GPUs, else by gloo."""
     if WORLD > 1:
-        torch.distributed.init_process_group(
-            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        )
+        how = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        patience = timedelta(days=1)  # for number 0, which may have a million files to decode
+        torch.distributed.init_process_group(how, timeout=patience)
         atexit.register(torch.distributed.destroy_process_group)
 
 

@@ -1001,6 +1001,16 @@ def test_sample_takes_your_checkpoint_else_the_one_beside_the_program(monkeypatc
     assert "program/samples/catdiffusion.pt" in capsys.readouterr().out
 
 
+def test_the_weights_beside_the_program():
+    path = Path(cd.__file__).parent / "samples" / "catdiffusion.pt"
+    state = torch.load(path, weights_only=True)
+    assert path.stat().st_size < 20e6 and not {"model", "optimizer"} & {*state}
+    assert "AFHQ" in state["about"] and "CC BY-NC 4.0" in state["about"] and state["log"]
+    model, diffusion, step = cd.load_checkpoint(path)
+    *_, (_, _, x0) = cd.sample(model, diffusion, 4, steps=4)
+    assert model.size == 64 and step > 1000 and 0.2 < x0.std() < 0.8
+
+
 def test_few_pictures_train_with_a_warning(tmp_path, capsys):
     (tmp_path / "one").mkdir()
     cd.draw_cat(random.Random(0), 32).save(tmp_path / "one" / "cat.png")
