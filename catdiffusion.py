@@ -139,11 +139,14 @@ def whole_file(path):
     """Open a file to write. It takes the place of `path` only when it is whole and on the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
-    with open(part, "wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    try:
+        with open(part, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def as_tuples(values):
@@ -189,8 +192,6 @@ def complete(s):
         raise Failure(f"timesteps {s.timesteps}: must be from 2 to 100000")
     if s.channels % 4:
         raise Failure(f"--channels {s.channels}: must be a multiple of 4")
-    if s.batch % (s.accum * WORLD):
-        raise Failure(f"--accum {s.accum} times {WORLD} processes: must divide --batch {s.batch}")
     return s
 
 
@@ -218,7 +219,7 @@ def pick_device(name="auto"):
             if name == "tpu":
                 raise RuntimeError("torch_xla finds no TPU")
         if name in ("auto", "cuda") and WORLD > 1 and torch.cuda.is_available():
-            name = f"cuda:{os.environ['LOCAL_RANK']}"
+            name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         if name == "auto":
             name = torch.accelerator.current_accelerator(check_available=True) or "cpu"
         return torch.zeros(1, device=name).device
@@ -366,7 +367,7 @@ PREPARED = 1  # raise it when pictures are prepared in another way: old caches a
 def find_pictures(folders):
     """All picture files below `folders`, once each, without hidden ones (macOS' ._cat.jpg)."""
     found = {}
-    for folder in map(Path, folders):
+    for folder in (Path(os.path.abspath(folder)) for folder in folders):
         if not folder.is_dir():
             raise Failure(f"--data {folder}: there is no such folder")
         files = (f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES)
@@ -384,19 +385,16 @@ def face_box(path, width, height):
     each ear, as "9 x1 y1 ... x9 y9". Points may lie outside the picture; the square is moved, and
     if need be shrunk, to lie inside. Raises ValueError if the file makes no sense.
     """
-    if not os.path.lexists(f"{path}.cat"):
+    if not os.path.isfile(f"{path}.cat"):  # none, or a named pipe, which would hang us
         return None
-    if not os.path.isfile(f"{path}.cat"):  # a named pipe would hang us
-        raise ValueError("not a regular file")
     with open(f"{path}.cat", "rb") as file:
-        nine, *points = [int(word) for word in file.read(1000).split()] or [0]
+        nine, *points = [int(word) for word in file.read(1000).split()]
     xs, ys = points[0::2], points[1::2]
-    if nine != 9 or len(points) != 18:
-        raise ValueError("not '9 x1 y1 ... x9 y9'")
     w, h = max(xs) - min(xs), max(ys) - min(ys)
     x, y = (min(xs) + max(xs)) / 2, (min(ys) + max(ys)) / 2
-    if min(w, h) < 8 or not (0 <= x <= width and 0 <= y <= height):
-        raise ValueError("the points are no face in this picture")
+    inside = 0 <= x <= width and 0 <= y <= height
+    if nine != 9 or len(points) != 18 or min(w, h) < 8 or not inside:
+        raise ValueError("not '9 x1 y1 ... x9 y9', or no face in this picture")
     side = min(1.25 * max(w, h), width, height)
     y += 0.1 * h  # the mouth is the lowest of the points: make room for a chin
     left, top = (min(max(c - side / 2, 0), whole - side) for c, whole in ((x, width), (y, height)))
@@ -417,7 +415,7 @@ def read_picture(path, size):
             raise ValueError("more than 50 million pixels")
         try:
             box = face_box(path, width, height)
-        except (ValueError, OSError) as e:
+        except (ValueError, OverflowError, OSError) as e:
             complaint = f".cat file ignored: {e}"
         # A JPEG can be decoded at 1/2, 1/4 or 1/8 of its size, for a fraction of the time.
         shrink = size / (box[2] - box[0] if box else min(width, height))
@@ -437,30 +435,28 @@ def read_picture(path, size):
 
 
 def decode_pictures(paths, size):
-    """Yield the bytes of each picture that can be decoded; tell of the others, without dying."""
+    """Yield the bytes of each picture, none for one that cannot be decoded; tell of those."""
 
     def attempt(path):
         try:
             return read_picture(path, size)
         except Exception as e:  # a damaged file can make a decoder raise anything
-            return None, f"skipped: {e or type(e).__name__}"
+            return b"", f"skipped: {e or type(e).__name__}"
 
     bad, skipped = [], 0
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for first in range(0, len(paths), 500):  # not all at once: they may be a million
             part = paths[first : first + 500]
             for path, (picture, complaint) in zip(part, pool.map(attempt, part)):
+                skipped += not picture
                 if complaint:  # !a: no file name can play tricks on the terminal
                     bad.append(f"  {str(path)!a} {complaint[:100]!a}")
-                if picture is None:
-                    skipped += 1
-                else:
-                    yield picture
+                yield picture
             done = first + len(part)
             show(f"decoding pictures, {done} of {len(paths)}", last=done == len(paths))
     if bad:
-        print(f"{skipped} of {len(paths)} pictures skipped, {len(bad)} complaints, such as:")
-        print("\n".join(bad[:5]))
+        told = f"{skipped} of {len(paths)} pictures skipped, {len(bad)} complaints, such as:"
+        print(told, *bad[:5], sep="\n")
 
 
 def cache_pictures(folders, size, run):
@@ -472,11 +468,9 @@ def cache_pictures(folders, size, run):
     """
     paths = find_pictures(folders) if folders else []
     sources = hashlib.sha256(f"{PREPARED} {size}".encode())
-    for path in paths:
-        for file in (f"{path}", f"{path}.cat"):
-            with contextlib.suppress(OSError):  # there is none
-                state = os.stat(file)
-                sources.update(f"{file!a} {state.st_size} {state.st_mtime_ns}\n".encode())
+    for file in filter(os.path.exists, (f"{path}{end}" for path in paths for end in ("", ".cat"))):
+        state = os.stat(file)
+        sources.update(f"{file!a} {state.st_size} {state.st_mtime_ns}\n".encode())
     cache = Path(run, f"pictures-{sources.hexdigest()[:16]}.u8")
     if not cache.exists():
         drawn = (draw_cat(random.Random(i), size).tobytes() for i in range(2000))
@@ -491,9 +485,9 @@ def cache_pictures(folders, size, run):
 
 def map_pictures(cache, size):
     """The file of cache_pictures as uint8 (N, size, size, 3); only what is looked at is loaded."""
-    length = cache.stat().st_size // (size * size * 3)
-    flat = torch.from_file(str(cache), size=length * size * size * 3, dtype=torch.uint8)
-    return flat.view(length, size, size, 3)
+    # shared: the system would set aside memory for private pages, as many as the file has
+    flat = torch.from_file(str(cache), shared=True, size=cache.stat().st_size, dtype=torch.uint8)
+    return flat.view(-1, size, size, 3)
 
 
 def draw_cat(rng, size):
@@ -1060,18 +1054,19 @@ def read_checkpoint(path):
 
     Raises Failure if there is no such file, or it is damaged or something else.
     """
-    if not Path(path).is_file():
+    path = Path(path)
+    if not (path.is_file() or path.is_dir()):
         raise Failure(f"{path}: no such checkpoint; make one: python catdiffusion.py train")
     try:
-        state = load_tensors(path)
+        state = read_folder(path) if path.is_dir() else load_tensors(path)
         if state["format"] != FORMAT:
             raise ValueError("made by another program or version")
         state["settings"] = complete(Settings(**as_tuples(state["settings"])))
         state["step"], state["seconds"] = int(state["step"]), float(state["seconds"])
-        state["log"] = [dict(record) for record in state["log"]]
+        state["log"] = [dict(record) for record in state.get("log", [])]
         return state
     except Exception as e:  # a damaged file can raise anything
-        raise Failure(f"{path}: not a whole catdiffusion checkpoint ({brief(e)})") from None
+        raise Failure(f"{path}: not a whole checkpoint ({brief(e)})") from None
 
 
 def load_parts(parts, state, path, **how):
@@ -1107,8 +1102,8 @@ THEIR_WORDS = {
 
 
 THEIR_CONFIG = {  # what makes a UNet2DModel the paper's network
-    "_class_name": "UNet2DModel", "flip_sin_to_cos": False, "freq_shift": 1, "norm_eps": 1e-6,
-    "downsample_padding": 0, "attention_head_dim": None, "norm_num_groups": 32,
+    "_class_name": "UNet2DModel", "act_fn": "silu", "flip_sin_to_cos": False, "freq_shift": 1,
+    "norm_eps": 1e-6, "downsample_padding": 0, "attention_head_dim": None, "norm_num_groups": 32,
 }  # fmt: skip
 
 
@@ -1132,6 +1127,8 @@ def read_safetensors(path):
     start = 8 + int.from_bytes(bytes(data[:8].tolist()), "little")
     tensors = json.loads(bytes(data[8:start].tolist()))
     tensors.pop("__metadata__", None)
+    if sum(a["data_offsets"][1] - a["data_offsets"][0] for a in tensors.values()) > len(data):
+        raise ValueError("tensors overlap")
     for name, about in tensors.items():
         first, last = (start + offset for offset in about["data_offsets"])
         tensors[name] = data[first:last].clone().view(kinds[about["dtype"]]).view(about["shape"])
@@ -1139,32 +1136,20 @@ def read_safetensors(path):
 
 
 def read_folder(folder):
-    """What read_checkpoint gives, from a folder in the layout of diffusers' UNet2DModel."""
-    try:
-        c = json.loads((folder / "config.json").read_text())
-        widths, size = c["block_out_channels"], c["sample_size"]
-        kinds = [kind.replace("DownBlock2D", "") for kind in c["down_block_types"]]
-        odd = [key for key, value in THEIR_CONFIG.items() if c[key] != value]
-        if odd or min(widths) < 128 or {*kinds} - {"", "Attn"}:
-            raise ValueError(f"not the paper's kind of network: {', '.join(odd) or 'blocks'}")
-        settings = Settings(
-            size=size,
-            channels=widths[0],
-            mults=tuple(width // widths[0] for width in widths),
-            blocks=c["layers_per_block"],
-            attention=tuple(size >> floor for floor, kind in enumerate(kinds) if kind),
-            schedule="linear",
-            prediction="eps",
-        )
-        path = folder / "diffusion_pytorch_model.safetensors"
-        if path.exists():
-            weights = read_safetensors(path)
-        else:
-            weights = load_tensors(path.with_suffix(".bin"))
-        weights = {our_name(name, settings.blocks): value for name, value in weights.items()}
-        return {"settings": complete(settings), "ema": weights, "step": 0}
-    except Exception as e:  # a damaged file can raise anything
-        raise Failure(f"{folder}: not a folder with a DDPM of diffusers ({brief(e)})") from None
+    """What load_tensors gives, from a folder in the layout of diffusers' UNet2DModel."""
+    c = json.loads((folder / "config.json").read_text())
+    widths, size, blocks = c["block_out_channels"], c["sample_size"], c["layers_per_block"]
+    kinds = [kind.replace("DownBlock2D", "") for kind in c["down_block_types"]]
+    odd = [key for key, value in THEIR_CONFIG.items() if c[key] != value]
+    if odd or min(widths) < 128 or {*kinds} - {"", "Attn"}:
+        raise ValueError(f"not the paper's kind of network: {', '.join(odd) or 'blocks'}")
+    settings = {"schedule": "linear", "prediction": "eps", "size": size, "blocks": blocks}
+    settings |= {"channels": widths[0], "mults": [width // widths[0] for width in widths]}
+    settings["attention"] = [size >> floor for floor, kind in enumerate(kinds) if kind]
+    path = folder / "diffusion_pytorch_model.safetensors"
+    weights = read_safetensors(path) if path.exists() else load_tensors(path.with_suffix(".bin"))
+    weights = {our_name(name, blocks): value for name, value in weights.items()}
+    return {"format": FORMAT, "settings": settings, "ema": weights, "step": 0, "seconds": 0.0}
 
 
 def load_checkpoint(path, device="cpu"):
@@ -1172,7 +1157,7 @@ def load_checkpoint(path, device="cpu"):
 
     path: a file that train wrote, or a folder in the layout of diffusers.
     """
-    state = read_folder(Path(path)) if Path(path).is_dir() else read_checkpoint(path)
+    state = read_checkpoint(path)
     with torch.device("meta"):  # a network without memory, until weights that fit bring theirs
         model = make_unet(state["settings"])
     load_parts({"ema": model}, state, path, assign=True)
@@ -1255,50 +1240,26 @@ def preview(model, diffusion, pictures, path):
     return means | {f"{name}_std": round(x.std().item(), 3) for name, x in pairs}
 
 
-class Progress:
-    """What a run tells of itself: the status line, and log.jsonl, a line of JSON per report."""
+def report(s, step, tally, speed, seconds):
+    """Fetch the tally from the device, show a status line. Returns what goes into the log.
 
-    def __init__(self, settings, saved):
-        self.settings, self.before, self.begun = settings, saved["seconds"], time.perf_counter()
-        self.log = Path(settings.run, "log.jsonl") if RANK == 0 else Path(os.devnull)
-        self.records = saved["log"]  # those that came after the checkpoint are gone with their work
-        self.log.write_text("".join(json.dumps(r) + "\n" for r in self.records))
-        self.mark(saved["step"])
-
-    def mark(self, step):
-        """Measure the speed from here on."""
-        self.since = step, time.perf_counter()
-
-    def seconds(self):
-        """Of training, in all runs together."""
-        return self.before + time.perf_counter() - self.begun
-
-    def write(self, **record):
-        """Add a line to the log."""
-        self.records.append(record)
-        with contextlib.suppress(OSError), open(self.log, "a") as file:
-            file.write(json.dumps(record) + "\n")
-
-    def report(self, step, tally):
-        """Fetch the tally from the device, log it and show it. Raises Failure if all goes wrong."""
-        add_up(tally[:2])
-        s, (losses, counts, (in_a_row, skipped, *_)) = self.settings, tally.tolist()
-        if in_a_row >= REPORT:
-            text = (
-                f"the loss was not a number {REPORT} times in a row; {s.run} keeps what was saved"
-            )
-            raise Failure(f"{text}; begin anew with --run OTHER and a smaller --lr")
-        speed = (step - self.since[0]) * s.batch / (time.perf_counter() - self.since[1])
-        loss, minutes = sum(losses) / max(1, sum(counts)), round(self.seconds() / 60, 2)
-        quarters = [a / max(1, b) for a, b in zip(losses, counts)]
-        more = {"pictures_per_second": round(speed, 1), "skipped": int(skipped)}
-        self.write(step=step, minutes=minutes, loss=loss, loss_by_quarter=quarters, **more)
-        left = (s.steps - step) * s.batch / speed / 60
-        text = f"{step / s.steps:4.0%}  step {step}  loss {loss:.4f}"
-        text += f"  {skipped:.0f} skipped" * (skipped > 0)
-        show(f"{text}  {speed:.0f} pictures/s  {left:.0f} min left", last=step == s.steps)
-        tally[:2] = 0
-        self.mark(step)
+    Raises Failure if all goes wrong.
+    """
+    losses, counts, (in_a_row, skipped, *_) = tally.tolist()
+    if in_a_row >= REPORT:
+        text = f"the loss was not a number {REPORT} times in a row; {s.run} keeps what was saved"
+        raise Failure(f"{text}; begin anew with --run OTHER and a smaller --lr")
+    loss, quarters = (
+        sum(losses) / max(1, sum(counts)),
+        [a / max(1, b) for a, b in zip(losses, counts)],
+    )
+    text = f"{step / s.steps:4.0%}  step {step}  loss {loss:.4f}"
+    text += f"  {skipped:.0f} skipped" * (skipped > 0)
+    left = (s.steps - step) * s.batch / speed / 60
+    show(f"{text}  {speed:.0f} pictures/s  {left:.0f} min left", last=step == s.steps)
+    record = {"step": step, "minutes": round(seconds / 60, 2), "loss": loss}
+    record |= {"loss_by_quarter": quarters, "pictures_per_second": round(speed, 1)}
+    return record | {"skipped": int(skipped)}
 
 
 def differences(old, new):
@@ -1311,6 +1272,8 @@ def differences(old, new):
 def train(settings):
     """Train as `settings` say, from their checkpoint if there is one. Returns the exit code."""
     s, device, run = settings, pick_device(settings.device), Path(settings.run)
+    if s.batch % (s.accum * WORLD):
+        raise Failure(f"--accum {s.accum} times {WORLD} processes: must divide --batch {s.batch}")
     path, saved = run / "checkpoint.pt", {"step": 0, "seconds": 0.0, "log": []}
     if path.exists():
         saved = read_checkpoint(path)
@@ -1320,12 +1283,10 @@ def train(settings):
     if step >= s.steps:
         print(f"{path} has all its {step} steps; to go on, give --steps a larger number")
         return 0
+    if RANK == 0:
+        cache_pictures(s.data, s.size, run)  # the others wait in join_team
     join_team(device)
-    if RANK:
-        add_up(torch.zeros(1))  # wait for number 0, which decodes
     cache = cache_pictures(s.data, s.size, run)
-    if not RANK:
-        add_up(torch.zeros(1))
     pictures = map_pictures(cache, s.size)
     if len(pictures) < 1000:
         print(f"note: {len(pictures)} pictures are few; below 1,000 or so a network repeats them")
@@ -1339,10 +1300,13 @@ def train(settings):
     if step:
         load_parts(parts, saved, path)
     team = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
-    progress = Progress(s, saved)
     million = sum(p.numel() for p in model.parameters()) / 1e6
     text = f"{len(pictures)} pictures of {s.size} px, {million:.1f} M parameters, on {device}"
     print(f"{text}, step {step} of {s.steps}; checkpoint, previews and log go to {run}")
+    log, begun = saved["log"], time.perf_counter() - saved["seconds"]
+
+    def seconds():  # of training, in all runs together
+        return time.perf_counter() - begun
 
     def save(and_preview, last=False):
         if RANK:
@@ -1350,22 +1314,21 @@ def train(settings):
         try:
             if and_preview:
                 sheet = run / "previews" / f"{step:06}.png"
-                progress.write(step=step, **preview(ema.model, diffusion, pictures, sheet))
-                draw_curve([r for r in progress.records if "loss" in r], run / "loss.png")
-        except OSError as e:  # the disk is full, say: someone may make room
-            show(f"no preview: {e.filename}: {e.strerror}")
-        state = {"step": step, "seconds": progress.seconds(), "log": progress.records}
-        state |= {name: part.state_dict() for name, part in parts.items()}
+                log.append({"step": step, **preview(ema.model, diffusion, pictures, sheet)})
+                draw_curve([r for r in log if "loss" in r], run / "loss.png")
+            (run / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in log))
+        except (OSError, RuntimeError) as e:  # out of memory, say: the checkpoint matters more
+            show(f"no preview: {brief(e)}")
+        state = {"settings": asdict(s), "step": step, "seconds": seconds(), "log": log}
         try:
-            save_checkpoint(path, {"settings": asdict(s), **state})
-        except OSError as e:
+            save_checkpoint(path, state | {name: p.state_dict() for name, p in parts.items()})
+        except OSError as e:  # the disk is full, say: someone may make room
             if last:
                 raise
-            show(f"NOT SAVED: {e.filename}: {e.strerror}; the run goes on, and tries again later")
-        progress.mark(step)
+            show(f"NOT SAVED: {brief(e)}; the run goes on, and tries again later")
 
-    tally = torch.zeros(3, 4, device=device)
-    due = progress.before + 60 * min(1, s.every)  # often at first: after 1, 2, 4, ... minutes
+    tally, since = torch.zeros(3, 4, device=device), (step, seconds())
+    due = seconds() + 60 * min(1, s.every)  # often at first: after 1, 2, 4, ... minutes
     with note_signals() as signals:  # so that a step is always finished
         while step < s.steps and not add_up(torch.tensor(len(signals))):
             batch = draw_batch(pictures, s, step, device)
@@ -1375,19 +1338,21 @@ def train(settings):
             step += 1
             end_of_step(device)
             if step % REPORT == 0 or step == s.steps:
-                progress.report(step, tally)
+                add_up(tally[:2])
+                speed = (step - since[0]) * s.batch / (seconds() - since[1])
+                log.append(report(s, step, tally, speed, seconds()))
+                tally[:2], since = 0, (step, seconds())
                 with contextlib.suppress(OSError, RuntimeError):  # if it is gone, keep what we have
                     pictures = map_pictures(cache, s.size)  # anew: frees what was loaded so far
-            if progress.seconds() >= due and step < s.steps:
+            if seconds() >= due and step < s.steps:
                 save(and_preview=True)
-                due = progress.seconds() + min(60 * s.every, max(60, progress.seconds()))
+                due, since = seconds() + min(60 * s.every, max(60, seconds())), (step, seconds())
         save(and_preview=step == s.steps, last=True)
     if step < s.steps:
         show(f"stopped and saved at step {step}; the same command goes on from there")
         return 128 + (signals or [signal.SIGTERM])[0]  # 130 for Ctrl-C, 143 for SIGTERM
     again = "" if s.run == Settings.run else f" --checkpoint {path}"
-    minutes = progress.seconds() / 60
-    show(f"done in {minutes:.1f} minutes; now: python catdiffusion.py sample -n 8{again}")
+    show(f"done in {seconds() / 60:.1f} minutes; now: python catdiffusion.py sample -n 8{again}")
     return 0
 
 
@@ -1484,10 +1449,8 @@ def main(argv=None):
         if given.pop("command") == "sample":
             return draw_samples(Drawing(**given))
         return train(complete(Settings(**given)))
-    except Failure as e:
+    except (Failure, OSError) as e:  # OSError: the disk is full, the folder may not be written, ...
         message, code = e, 2
-    except OSError as e:  # the disk is full, the folder may not be written, ...
-        message, code = f"{e.filename or 'writing'}: {e.strerror or brief(e)}", 2
     except RuntimeError as e:
         if "memory" not in str(e):
             raise

@@ -729,6 +729,7 @@ time.0 time_embedding.linear_1|time.2 time_embedding.linear_2"""
 WORDS = [("time", "time_emb_proj"), ("shortcut", "conv_shortcut"), ("norm", "group_norm")]
 CONFIG = {
     "_class_name": "UNet2DModel",
+    "act_fn": "silu",
     "attention_head_dim": None,
     "block_out_channels": [128, 256],
     "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
@@ -1029,7 +1030,7 @@ train --accum 5|train --schedule square|train --prediction x0|train --device non
 train --every nan|train --epochs 3|train --ema 2|train --seed -1|train --batch 1e999
 train --data|train extra|paint|sample -n 0|sample -n x|sample --steps -1|sample --eta 2
 sample --eta nan|sample --sampler magic|sample --seed 1.5|sample --checkpoint nowhere.pt
-sample --batch 0|sample --device cuda:99|sample"""
+sample --batch 0|sample --device cuda:99"""
 
 
 @pytest.mark.parametrize("words", ODD.replace("\n", "|").split("|"))
