@@ -468,6 +468,7 @@ def cache_pictures(folders, size, run):
     name when it is whole, so one that is half-written is never taken for it.
     """
     paths = find_pictures(folders) if folders else []
+    paths = [path for path in paths if Path(os.path.abspath(run)) not in path.parents]  # previews
     sources = hashlib.sha256(f"{PREPARED} {size}".encode())
     for file in filter(os.path.exists, (f"{path}{end}" for path in paths for end in ("", ".cat"))):
         state = os.stat(file)
@@ -476,7 +477,7 @@ def cache_pictures(folders, size, run):
     if not cache.exists():
         drawn = (draw_cat(random.Random(i), size).tobytes() for i in range(2000))
         with whole_file(cache) as file:
-            file.writelines(decode_pictures(paths, size) if paths else drawn)
+            file.writelines(decode_pictures(paths, size) if folders else drawn)
             if not file.tell():
                 raise Failure(f"--data {', '.join(folders)}: none of the pictures can be decoded")
         for old in set(cache.parent.glob("pictures-*.u8")) - {cache}:

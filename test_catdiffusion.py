@@ -584,6 +584,13 @@ def test_pictures_are_decoded_once_and_anew_when_something_changes(tmp_path, mon
     assert (read(data / "1.png", 32)[0] == cd.map_pictures(*cache_of(data, 32))[1]).all()
 
 
+def test_a_run_does_not_learn_its_own_previews(tmp_path):
+    for name in ("cat.png", "run/previews/000001.png", "running/cat.png"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        cd.draw_cat(random.Random(0), 32).save(name)
+    assert len(cd.map_pictures(cd.cache_pictures(["."], 16, "run"), 16)) == 2
+
+
 def cache_of(data, size):
     return cd.cache_pictures([data], size, "run"), size
 
