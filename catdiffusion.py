@@ -2,10 +2,10 @@
 
 Take a photo of a cat and add a little Gaussian noise. Add a little more, a thousand times over,
 and nothing of the cat is left: the end is pure noise, whatever the photo was. Each of these small
-steps can be undone, almost, by anyone who can guess which noise is in the picture. So we train a
-network to guess the noise. To draw a new cat we start from pure noise and undo the thousand steps
-one after the other. That is all of it: Ho, Jain, Abbeel 2020, "Denoising Diffusion Probabilistic
-Models" (arXiv:2006.11239), called "the paper" from here on. There is nothing too scary below.
+steps could be undone if we knew which noise is in the picture. We do not, but a network can learn
+to guess it. To draw a new cat we start from pure noise and undo the thousand steps one after the
+other. That is all of it: Ho, Jain, Abbeel 2020, "Denoising Diffusion Probabilistic Models"
+(arXiv:2006.11239), called "the paper" from here on. There is nothing too scary below.
 
     python catdiffusion.py train                    # no pictures? it draws cats and learns those
     python catdiffusion.py train --data ./cats      # yours; Ctrl-C, and the same line goes on
@@ -133,6 +133,14 @@ def brief(error):
     return " ".join(f"{error or type(error).__name__}".split())[:80]
 
 
+def show(text, last=True):
+    """A status line: in a terminal the next is written over it, unless it is the last one."""
+    live = sys.stdout.isatty()
+    with contextlib.suppress(OSError):  # whoever read us has gone, say: the work goes on
+        end = "" if live and not last else "\n"
+        print(f"\r{text}\x1b[K" if live else text, end=end, flush=True)
+
+
 @contextlib.contextmanager
 def whole_file(path):
     """Open a file to write. It takes the place of `path` only when it is whole and on the disk."""
@@ -249,6 +257,19 @@ def add_up(tensor):
     return tensor
 
 
+def in_team(model):
+    """The network whose backward pass averages the gradients over all processes."""
+    return nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
+
+
+def gather(items):
+    """One dict of the dicts of all processes."""
+    parts = [items] * WORLD
+    if WORLD > 1:
+        torch.distributed.all_gather_object(parts, items)
+    return {key: value for part in parts for key, value in part.items()}
+
+
 def autocast(device):
     """Matrix products in bf16 where the chip has them (about twice as fast), fp32 elsewhere.
 
@@ -316,7 +337,7 @@ class GroupNorm(nn.GroupNorm):
 
 
 class CPUGroupNorm(torch.autograd.Function):
-    """With x̂ = (x − mean)·rstd, n numbers in a group and Σ over them, y = w·x̂ + b has the gradient
+    """With x̂ = (x − mean)·rstd, n numbers in a group and Σ over them, y = w·x̂ + b has gradients
 
         ∂x = rstd·(w·∂y − Σ(w·∂y)/n − x̂·Σ(w·∂y·x̂)/n),    ∂w = Σ ∂y·x̂,    ∂b = Σ ∂y
 
@@ -559,9 +580,9 @@ def draw_batch(pictures, settings, step, device):
 # that can be written down (q_posterior; "posterior" is what one believes after having seen). We do
 # not know x₀, so a network guesses. Given x_t, guessing the noise or the picture is the same, as
 # Eq. 4 gives one from the other; the paper found that a network asked for the noise draws better.
-# It is trained on squared error, so its guess is the mean of all that x_t could have come from:
-# sharp when there is little noise, a blur when there is much. That is why one guess is not enough,
-# and we go in steps.
+# It is trained on squared error, so its guess is the mean of all that x_t could have come from (no
+# other answer is as near to all of them): sharp when there is little noise, a blur when there is
+# much. That is why one guess is not enough, and we go in steps.
 # ------------------------------------------------------------------------------------------------
 
 
@@ -868,7 +889,7 @@ class EMA:
 # Fewer still do if we look ahead. DDIM holds the guessed x₀ fixed until the next look, although it
 # is on the move. DPM-Solver++ (Lu et al. 2022, arXiv:2211.01095, the multistep method of order two)
 # takes the last two guesses, draws a line through them, and uses what the line says for the middle
-# of the step. Two lines of code, and our default: 25 calls.
+# of the step: it leans forward. That is two lines of code, and our default: 25 calls.
 # ------------------------------------------------------------------------------------------------
 
 
@@ -1188,14 +1209,6 @@ def load_checkpoint(path, device="cpu"):
 REPORT = 50  # steps between two status lines
 
 
-def show(text, last=True):
-    """A status line: in a terminal the next is written over it, unless it is the last one."""
-    live = sys.stdout.isatty()
-    with contextlib.suppress(OSError):  # whoever read us has gone, say: the work goes on
-        end = "" if live and not last else "\n"
-        print(f"\r{text}\x1b[K" if live else text, end=end, flush=True)
-
-
 @contextlib.contextmanager
 def note_signals():
     """Inside, Ctrl-C, SIGTERM and a closed terminal do not kill: their number goes into a list."""
@@ -1260,10 +1273,8 @@ def report(s, step, tally, speed, seconds):
     if in_a_row >= REPORT:
         text = f"the loss was not a number {REPORT} times in a row; {s.run} keeps what was saved"
         raise Failure(f"{text}; begin anew with --run OTHER and a smaller --lr")
-    loss, quarters = (
-        sum(losses) / max(1, sum(counts)),
-        [a / max(1, b) for a, b in zip(losses, counts)],
-    )
+    loss = sum(losses) / max(1, sum(counts))
+    quarters = [a / max(1, b) for a, b in zip(losses, counts)]
     text = f"{step / s.steps:4.0%}  step {step}  loss {loss:.4f}"
     text += f"  {skipped:.0f} skipped" * (skipped > 0)
     left = (s.steps - step) * s.batch / speed / 60
@@ -1310,7 +1321,7 @@ def train(settings):
     parts = {"model": model, "ema": ema.model, "optimizer": optimizer}
     if step:
         load_parts(parts, saved, path)
-    team = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
+    team = in_team(model)
     million = sum(p.numel() for p in model.parameters()) / 1e6
     text = f"{len(pictures)} pictures of {s.size} px, {million:.1f} M parameters, on {device}"
     print(f"{text}, step {step} of {s.steps}; checkpoint, previews and log go to {run}")
@@ -1329,7 +1340,7 @@ def train(settings):
                 draw_curve([r for r in log if "loss" in r], run / "loss.png")
             (run / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in log))
         except (OSError, RuntimeError) as e:  # out of memory, say: the checkpoint matters more
-            show(f"no preview: {brief(e)}")
+            show(f"no preview or log: {brief(e)}")
         state = {"settings": asdict(s), "step": step, "seconds": seconds(), "log": log}
         try:
             save_checkpoint(path, state | {name: p.state_dict() for name, p in parts.items()})
@@ -1402,14 +1413,12 @@ def draw_samples(d):
                 frames.append(make_grid(pair, columns=2, gap=6))
         for i, image in enumerate(to_images(x0), first):
             save_new(image, Path(f"{stem}-{i:04}.png"))
-            images |= {i: image} if i < 400 else {}  # for the sheet
-    parts = [images] * WORLD
-    if WORLD > 1:
-        torch.distributed.all_gather_object(parts, images)
-    images = [image for _, image in sorted(item for part in parts for item in part.items())]
+            images |= {i: image} if i < 400 else {}  # the sheet shows no more than these
+    images = gather(images)
     if RANK:
         return 0
-    names = [save_new(make_grid(images), Path(f"{stem}-grid.png"))]
+    sheet = make_grid([images[i] for i in sorted(images)])
+    names = [save_new(sheet, Path(f"{stem}-grid.png"))]
     if d.gif:
         times = [80] * (len(frames) - 1) + [3000]  # milliseconds a frame
         film = {"save_all": True, "append_images": frames[1:], "duration": times, "loop": 0}
