@@ -12,6 +12,7 @@ import math
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import zipfile
@@ -1116,19 +1117,31 @@ sys.exit(cd.main())
 
 
 def test_many_processes_do_what_one_does(tmp_path):
+    """The processes talk over the loopback interface, by a port that nobody uses: torchrun's own
+    (29500) may be taken by another run on the same machine, and a host's name may lead nowhere."""
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            socket.create_connection(server.getsockname(), timeout=5).close()
+            port = server.getsockname()[1]
+    except OSError as error:
+        pytest.skip(f"this machine has no loopback interface: {error}")
     Path("team.py").write_text(TEAM)
     environment = {
         **os.environ,
         "PYTHONPATH": str(Path(cd.__file__).parent),
         "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "",
     }
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--"]
+    environment = {name: value for name, value in environment.items() if value}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    launch += [f"--master-port={port}", "--"]
     common = [*SMALL, "--lr", "0.1", "--steps", "20"]
     draw = ["sample", "-n", "3", "--batch", "1", "--steps", "2", "--checkpoint", "a/checkpoint.pt"]
     for name, how in (("a", [sys.executable]), ("b", launch)):
         for words in (["train", *common, "--run", name], [*draw, "--out", f"{name}/out/cat"]):
             command = [*how, "team.py", *words]
-            subprocess.run(command, env=environment, check=True, capture_output=True)
+            done = subprocess.run(command, env=environment, capture_output=True, text=True)
+            assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-5000:]
     logs = [Path(name, "log.jsonl").read_text().splitlines() for name in "ab"]
     a, b = ([r["loss"] for r in map(json.loads, log) if "loss" in r] for log in logs)
     assert len(a) == 20 and a == pytest.approx(b, abs=1e-4) and max(a) > 1.05 * min(a)
