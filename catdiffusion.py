@@ -53,6 +53,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
+from PIL.PngImagePlugin import PngInfo
 from torch import nn
 
 # ------------------------------------------------------------------------------------------------
@@ -67,7 +68,8 @@ from torch import nn
 DEVICES = "auto", "tpu", "cuda", "mps", "xpu", "cpu"
 SAMPLERS = "dpm", "ddim", "ddpm", "ddpm-large"
 # Which of several processes this is, and how many there are: see "Where to compute".
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
+RANK = int(os.environ.get("RANK", 0)) % WORLD
 
 
 def opt(default, help, *allowed, free=False):
@@ -93,7 +95,7 @@ class Settings:
     channels: int = opt(32, "feature maps at full resolution, a multiple of 4", 8, 1024)
     mults: tuple = opt((), "multiples of that at each halving; none: 1 2 4 4 for 64 px", 1, 64)
     blocks: int = opt(1, "residual blocks at each resolution", 1, 16)
-    attention: tuple = opt((16,), "sides of the maps that get attention, px", 1, 64)
+    attention: tuple = opt((), "sides of the maps that get attention; none: 16 px or less", 1, 64)
     dropout: float = opt(0.0, "share of features dropped, 0.1 for few pictures", 0.0, 0.9)
     # the recipe
     batch: int = opt(16, "pictures per step; 64 and more on a GPU", 1, 10**5)
@@ -115,6 +117,7 @@ class Drawing:
     checkpoint: str = opt("", "what train has learned; none: run/checkpoint.pt, else our own cats")
     n: int = opt(8, "pictures", 1, 10**6)
     seed: int = opt(0, "another seed, other cats", 0, 2**63)
+    first: int = opt(0, "number of the first picture of that seed", 0, 10**9)
     out: str = opt("samples/cat", "start of the files' names, or a folder")
     gif: bool = opt(False, "also animate the denoising of the first batch")
     device: str = opt("auto", "auto, tpu, cuda, mps, xpu or cpu", *DEVICES)
@@ -122,6 +125,9 @@ class Drawing:
     sampler: str = opt("dpm", "dpm; ddim; ddpm, the paper's; ddpm-large, noisier", *SAMPLERS)
     steps: int = opt(0, "network calls per picture; 0: dpm 25, ddim 50, else all", 0, 10**4)
     eta: float = opt(0.0, "share of fresh noise in ddim, 0 to 1", 0.0, 1.0)
+    best_of: int = opt(1, "draw so many times more, keep those a classifier likes best", 1, 1000)
+    classes: tuple = opt((281, 282, 283, 284, 285), "ImageNet's cats, for --best-of", 0, 999)
+    nearest: str = opt("", "folder of training pictures: show the nearest beside each sample")
 
 
 class Failure(Exception):
@@ -163,7 +169,7 @@ def as_tuples(values):
 
 def flag(f):
     """How a field is written on the command line."""
-    return f"-{f.name}" if len(f.name) == 1 else f"--{f.name}"
+    return f"-{f.name}" if len(f.name) == 1 else f"--{f.name.replace('_', '-')}"
 
 
 def check(table):
@@ -186,13 +192,14 @@ def complete(s):
     check(s)
     s.size = s.size or (64 if s.data else 32)
     s.steps = s.steps or (50_000 if s.data else 2_000)
+    s.data = tuple(map(os.path.normpath, s.data))  # ./cats and cats are the same
     # One more floor for each doubling of the size: the lowest maps have 8 to 15 px (4 at 32 px).
     s.mults = s.mults or (1,) * max(0, s.size.bit_length() - 7) + (1, 2, 4, 4)
+    # Attention at the largest map of at most 16 px: 16 for 32, 64, 128 and 256 px, 12 for 96 px.
     sides = [s.size >> floor for floor in range(len(s.mults))]
+    s.attention = s.attention or tuple(side for side in sides if side <= 16)[:1]
     if s.size % 2 ** (len(s.mults) - 1) or sides[-1] < 2:
         raise Failure(f"--size {s.size}: cannot be halved {len(s.mults) - 1} times (see --mults)")
-    if s.attention == Settings.attention:
-        s.attention = tuple(a for a in s.attention if a in sides)
     for a in set(s.attention) - set(sides):
         raise Failure(f"--attention {a}: no map has that side, only {', '.join(map(str, sides))}")
     if not 2 <= s.timesteps <= 10**5:
@@ -221,6 +228,7 @@ def pick_device(name="auto"):
         if name == "tpu" or (name == "auto" and likely):
             import torch_xla.runtime
 
+            torch_xla.runtime.use_spmd()  # all cores of the host as one device: see spread
             if pjrt or torch_xla.runtime.device_type() == "TPU":
                 return torch_xla.device()
             if name == "tpu":
@@ -255,6 +263,22 @@ def add_up(tensor):
     if WORLD > 1:
         torch.distributed.all_reduce(tensor)
     return tensor
+
+
+def spread(*batch):
+    """The tensors of a batch; on a TPU, cut into one part for each core of the host.
+
+    torch_xla's compiler takes it from there: the network is on every core, each works on its part
+    of the batch, and where the gradient is summed over the batch, over cores it is, too.
+    """
+    if batch[0].device.type == "xla":
+        from torch_xla.distributed import spmd
+
+        cores = sys.modules["torch_xla"].runtime.global_runtime_device_count()
+        for part in batch if len(batch[0]) % cores == 0 else ():
+            names = "batch", *[None] * (part.dim() - 1)
+            spmd.mark_sharding(part, spmd.Mesh(range(cores), (cores,), ("batch",)), names)
+    return batch
 
 
 def in_team(model):
@@ -390,12 +414,12 @@ def find_pictures(folders):
     found = {}
     for folder in (Path(os.path.abspath(folder)) for folder in folders):
         if not folder.is_dir():
-            raise Failure(f"--data {folder}: there is no such folder")
+            raise Failure(f"{folder}: there is no such folder")
         files = (f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES)
         shown = (f for f in files if not any(p[0] == "." for p in f.relative_to(folder).parts))
         found |= dict.fromkeys(sorted(shown))
     if not found:
-        raise Failure(f"--data {', '.join(folders)}: no {' '.join(SUFFIXES)} file there or below")
+        raise Failure(f"{', '.join(folders)}: no {' '.join(SUFFIXES)} file there or below")
     return list(found)
 
 
@@ -506,6 +530,11 @@ def cache_pictures(folders, size, run):
     return cache
 
 
+def as_floats(pictures):
+    """Bytes of pictures, uint8 (N, H, W, 3), as the network sees them: (N, 3, H, W) in [-1, 1]."""
+    return pictures.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
 def map_pictures(cache, size):
     """The file of cache_pictures as uint8 (N, size, size, 3); only what is looked at is loaded."""
     # shared: the system would set aside memory for private pages, as many as the file has
@@ -563,7 +592,8 @@ def draw_batch(pictures, settings, step, device):
     index, flip, t, eps = (part[RANK::WORLD] for part in (index, flip, t, eps))  # our part of it
     x0 = pictures[index].to(device)  # (B, H, W, 3), uint8
     x0 = torch.where(flip.to(device)[:, None, None, None], x0.flip(2), x0)
-    return x0.permute(0, 3, 1, 2).float() / 127.5 - 1, t.to(device), eps
+    set_seed(device, settings.seed, step, RANK)  # from here on, what dropout draws
+    return spread(as_floats(x0), t.to(device), eps)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -928,15 +958,17 @@ LEAN_ABOVE = 0.2  # noise in units of the picture
 
 
 @torch.no_grad()
-def sample(model, diffusion, n=8, sampler="dpm", steps=25, eta=0.0, seed=0, first=0):
+def sample(model, diffusion, n=8, sampler="dpm", steps=25, eta=0.0, seed=0, first=0, start=None):
     """Draw pictures first .. first+n-1 of `seed`; yields (t, x_t, x0) once per network call.
 
     t: int, T-1 at first. x_t and x0: (n, 3, size, size), the noisy picture and the network's guess
     of the clean one; the last x0 is the result.
     sampler: "dpm"; "ddim"; "ddpm", which is eta = 1; "ddpm-large", its other variance. Picture i of
-    a seed is the same whatever n and first.
+    a seed is the same whatever n and first. start: (t, x_t) to begin from instead of pure noise.
     """
     device, rungs = next(model.parameters()).device, ladder(diffusion, steps)
+    if start:
+        rungs = [start[0], *(t for t in rungs if t < start[0])]
     level = log_noise(diffusion)[rungs]
     # Each picture has its own source of noise, and on the CPU: so it is the same picture, up to
     # rounding, on another device and in another batch.
@@ -947,7 +979,7 @@ def sample(model, diffusion, n=8, sampler="dpm", steps=25, eta=0.0, seed=0, firs
         shape = 3, model.size, model.size
         return torch.stack([torch.randn(shape, generator=g) for g in sources]).to(device)
 
-    x_t, before = fresh_noise(), None
+    x_t, before = start[1] if start else fresh_noise(), None
     for k, t in enumerate(rungs):
         now = torch.full((n,), t).to(device)  # made on the CPU: see make_adam
         with autocast(device):
@@ -955,7 +987,7 @@ def sample(model, diffusion, n=8, sampler="dpm", steps=25, eta=0.0, seed=0, firs
         # No picture has values outside [-1, 1], so clipping can only make the guess better.
         x0 = diffusion.x0_from(output, x_t, now).clamp(-1, 1)
         yield t, x_t, x0
-        if k + 1 < steps:  # the last guess is not made noisy again: it is the picture
+        if k + 1 < len(rungs):  # the last guess is not made noisy again: it is the picture
             then, guess = torch.full((n,), rungs[k + 1]).to(device), x0
             if sampler == "dpm" and before is not None and level[k + 1].exp() > LEAN_ABOVE:
                 lean = (level[k + 1] - level[k]) / (level[k] - level[k - 1]) / 2  # half a step
@@ -1010,6 +1042,12 @@ def make_grid(images, columns=None, gap=2):
     for i, image in enumerate(images):
         sheet.paste(image, (gap + i % columns * w, gap + i // columns * h))
     return sheet
+
+
+def film(frames, milliseconds=80):
+    """What to give Image.save, beside the first frame, for a GIF that stays on the last."""
+    times = [milliseconds] * (len(frames) - 1) + [3000]
+    return {"save_all": True, "append_images": frames[1:], "duration": times, "loop": 0}
 
 
 def save_new(image, path, **how):
@@ -1249,19 +1287,43 @@ def train_step(model, diffusion, optimizer, lr, batch, accum, tally):
     tally[2] = torch.stack([(tally[2, 0] + 1) * bad, tally[2, 1] + bad, bad, bad])
 
 
-def preview(model, diffusion, pictures, path):
-    """Draw the same 16 pictures each time; save the sheet; return what to compare with the data.
+@torch.no_grad()
+def reconstruct(model, diffusion, x0, tenths=(1, 3, 5, 7, 9)):
+    """What the network makes of a picture x0 (1, 3, H, W), the more of it is drowned in noise.
 
-    Grey or tinted samples show in these numbers before the eye sees them.
+    A sheet of three rows, each with x0 in front: x_t at so many tenths of T; the network's guess x̂₀
+    at one look; and the picture at the end of the whole way back from there.
+    """
+    t = torch.tensor([diffusion.timesteps * k // 10 for k in tenths])
+    eps = torch.randn(len(t), *x0.shape[1:], generator=torch.Generator().manual_seed(0))
+    x_t, now = diffusion.q_sample(x0, t.to(x0.device), eps.to(x0.device)), t.to(x0.device)
+    with autocast(x0.device):
+        output = model(x_t, now)
+    ends = [list(sample(model, diffusion, 1, start=pair)) for pair in zip(t.tolist(), x_t.split(1))]
+    rows = x_t, diffusion.x0_from(output, x_t, now), torch.cat([end[-1][2] for end in ends])
+    return make_grid(to_images(torch.cat([part for row in rows for part in (x0, row)])), len(t) + 1)
+
+
+def preview(model, diffusion, pictures, run, step):
+    """Draw the same 16 pictures each time, and save what shows how far the network has come:
+
+    previews/STEP.png, all of those as a film, progress.gif, and reconstruction.png. Returns what to
+    compare with the data; tinted or grey samples show there before the eye sees them.
     """
     for _, _, x0 in sample(model, diffusion, 16):
         pass  # only the last x0 is wanted
-    path.parent.mkdir(parents=True, exist_ok=True)
-    make_grid(to_images(x0)).save(path)
-    data = pictures[:: len(pictures) // 500 + 1].float() / 127.5 - 1
-    pairs = (("sample", x0), ("data", data))
-    means = {f"{name}_mean": round(x.mean().item(), 3) for name, x in pairs}
-    return means | {f"{name}_std": round(x.std().item(), 3) for name, x in pairs}
+    folder = run / "previews"
+    folder.mkdir(parents=True, exist_ok=True)
+    make_grid(to_images(x0)).save(folder / f"{step:06}.png")
+    sheets = sorted(folder.glob("*.png"))
+    frames = [Image.open(sheet) for sheet in sheets[-1 :: -(len(sheets) // 100 + 1)]][::-1]
+    frames[0].save(run / "progress.gif", **film(frames, 200))
+    data = as_floats(pictures[:: len(pictures) // 500 + 1])
+    reconstruct(model, diffusion, data[:1].to(x0.device)).save(run / "reconstruction.png")
+    (mean, std), (data_mean, data_std) = ((x.mean().item(), x.std().item()) for x in (x0, data))
+    numbers = {"sample_mean": mean, "data_mean": data_mean, "sample_std": std, "data_std": data_std}
+    numbers["apart"] = abs(mean - data_mean) + abs(std - data_std)
+    return {name: round(number, 3) for name, number in numbers.items()}
 
 
 def report(s, step, tally, speed, seconds):
@@ -1309,6 +1371,8 @@ def train(settings):
         cache_pictures(s.data, s.size, run)  # the others wait in join_team
     join_team(device)
     cache = cache_pictures(s.data, s.size, run)
+    if saved.get("pictures", cache.name) != cache.name:
+        print(f"note: the pictures are not those that {path} was made with; it goes on with these")
     pictures = map_pictures(cache, s.size)
     if len(pictures) < 1000:
         print(f"note: {len(pictures)} pictures are few; below 1,000 or so a network repeats them")
@@ -1335,13 +1399,16 @@ def train(settings):
             return  # number 0 does it
         try:
             if and_preview:
-                sheet = run / "previews" / f"{step:06}.png"
-                log.append({"step": step, **preview(ema.model, diffusion, pictures, sheet)})
+                before = [r["apart"] for r in log if "apart" in r]
+                log.append({"step": step, **preview(ema.model, diffusion, pictures, run, step)})
+                if before and log[-1]["apart"] > max(0.2, 1.1 * before[-1]):
+                    show(f"note: brightness and contrast drift from the data's: {log[-1]}")
                 draw_curve([r for r in log if "loss" in r], run / "loss.png")
             (run / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in log))
         except (OSError, RuntimeError) as e:  # out of memory, say: the checkpoint matters more
             show(f"no preview or log: {brief(e)}")
         state = {"settings": asdict(s), "step": step, "seconds": seconds(), "log": log}
+        state["pictures"] = cache.name
         try:
             save_checkpoint(path, state | {name: p.state_dict() for name, p in parts.items()})
         except OSError as e:  # the disk is full, say: someone may make room
@@ -1385,44 +1452,124 @@ def train(settings):
 # ------------------------------------------------------------------------------------------------
 
 
+def make_judge(classes):
+    """A function: pictures (B, 3, H, W) in [-1, 1] -> how surely each shows one of `classes`, (B,).
+
+    The judge is torchvision's MobileNetV3 (Howard et al. 2019, arXiv:1905.02244), trained on the
+    photos of ImageNet, 1000 classes. Its weights are downloaded (22 MB) if they never were: the one
+    thing here that needs a network. Raises Failure if there is none.
+    """
+    from torchvision.models import MobileNet_V3_Large_Weights, mobilenet_v3_large
+
+    weights, network = MobileNet_V3_Large_Weights.IMAGENET1K_V2, mobilenet_v3_large()
+    if not Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name).exists():
+        show(f"--best-of needs a classifier: downloading {weights.url}, this once")
+    try:
+        how = {"progress": False, "check_hash": True, "weights_only": True}
+        network.load_state_dict(weights.get_state_dict(**how))
+    except Exception as e:  # no network, half a file, another file
+        raise Failure(f"--best-of: no classifier from {weights.url} ({brief(e)})") from None
+    network.eval().requires_grad_(False)
+    prepare = weights.transforms()  # to the size and the colours that it was trained with
+    return lambda x: network(prepare(x.cpu() / 2 + 0.5)).softmax(1)[:, list(classes)].sum(1)
+
+
+def nearest(ours, pictures):
+    """The two nearest of `pictures` (N, H, W, 3) to each of `ours` (M, H, W, 3), all uint8.
+
+    Returns distances and indices, (M, 2) each. The distance is Euclid's, over all pixels, and a
+    picture counts as near as its mirror image if that is nearer, for training shows both.
+    """
+    columns = []
+    for part in pictures.split(500):
+        sides = (as_floats(side).flatten(1) for side in (part, part.flip(2)))
+        far = [torch.cdist(as_floats(ours).flatten(1), side) for side in sides]
+        columns.append(torch.minimum(*far))
+    return torch.cat(columns, 1).topk(min(2, len(pictures)), largest=False)
+
+
+def show_nearest(images, paths):
+    """A sheet of pairs: each image, and the nearest of the training pictures in `paths`.
+
+    Has the network learned cats, or learned these cats by heart? Says also what share of the images
+    are nearer to a training picture than those usually are (the median of 500) to each other.
+    """
+    size = images[0].width
+    as_bytes = bytearray().join(decode_pictures(paths, size))
+    if not as_bytes:
+        raise Failure("--nearest: none of the pictures can be decoded")
+    pictures = torch.frombuffer(as_bytes, dtype=torch.uint8).view(-1, size, size, 3)
+    ours = bytearray().join(image.tobytes() for image in images)
+    ours = torch.frombuffer(ours, dtype=torch.uint8).view(-1, size, size, 3)
+    far, which = nearest(ours, pictures)
+    usual = nearest(pictures[:: len(pictures) // 500 + 1], pictures)[0][:, -1].median()
+    share = (far[:, 0] < usual).float().mean()
+    show(f"{share:.0%} are nearer to a training picture than half of those are to each other")
+    theirs = to_images(as_floats(pictures[which[:, 0]]))
+    return make_grid([image for pair in zip(images, theirs) for image in pair], columns=8)
+
+
 def draw_samples(d):
-    """Draw pictures as `d` (a Drawing) says. Returns the exit code."""
+    """Draw pictures as `d` (a Drawing) says. Returns the exit code.
+
+    Each file says in its own text, as JSON, how it was made, so that it can be made again.
+    """
     check(d)
     device = pick_device(d.device)
     usual = [Path(Settings.run, "checkpoint.pt"), Path(__file__).parent / "samples/catdiffusion.pt"]
-    path = d.checkpoint or next(filter(os.path.exists, usual), usual[0])
+    path = Path(d.checkpoint or next(filter(os.path.exists, usual), usual[0]))
     model, diffusion, learned = load_checkpoint(path, device)
     show(f"drawing with {path}, step {learned}")
     whole = diffusion.timesteps
     steps = d.steps or {"dpm": 25, "ddim": 50}.get(d.sampler, whole)
     if steps > whole or (d.sampler == "ddpm-large" and steps < whole):
         raise Failure(f"--steps {steps}: at most {whole} here, and for ddpm-large no fewer")
+    weights = max([path, *path.glob("*")], key=lambda file: file.stat().st_size)  # of a folder
+    made = {"seed": d.seed, "sampler": d.sampler, "calls": steps, "eta": d.eta, "step": learned}
+    made["checkpoint"] = hashlib.sha256(weights.read_bytes()).hexdigest()
     stem = Path(d.out, "cat") if d.out.endswith("/") or Path(d.out).is_dir() else Path(d.out)
     stem = f"{stem}-{d.seed}"
-    images, frames, begun = {}, [], time.perf_counter()
+    paths = find_pictures([d.nearest]) if d.nearest else []
+    judge, most = (make_judge(d.classes), d.n) if d.best_of > 1 else (None, 400)
+
+    def write(i, image, score):
+        text = PngInfo()
+        text.add_text("catdiffusion", json.dumps({**made, "index": i, "score": judge and score}))
+        return save_new(image, Path(f"{stem}-{i:04}.png"), pnginfo=text)
+
+    def best(drawn):
+        return dict(sorted(drawn.items(), key=lambda pair: -pair[1][1])[:most])
+
+    kept, frames, begun = {}, [], time.perf_counter()  # kept: number -> picture, score
     join_team(device)
-    for first in range(d.batch * RANK, d.n, d.batch * WORLD):
-        count = min(d.batch, d.n - first)
+    end = d.first + d.n * d.best_of
+    for first in range(d.first + d.batch * RANK, end, d.batch * WORLD):
+        count = min(d.batch, end - first)
         chain = sample(model, diffusion, count, d.sampler, steps, d.eta, d.seed, first)
         for k, (_, x_t, x0) in enumerate(chain, 1):
             if sys.stdout.isatty() or k == steps:
-                span = f"{first + 1} to {first + count} of {d.n}"
+                span = f"{first - d.first + 1} to {first - d.first + count} of {end - d.first}"
                 show(f"pictures {span}, call {k} of {steps}", last=False)
-            if d.gif and first == 0 and (k % -(-steps // 50) == 0 or k == steps):
+            if d.gif and first == d.first and (k % -(-steps // 50) == 0 or k == steps):
                 pair = make_grid(to_images(x_t)), make_grid(to_images(x0))  # noisy, and the guess
                 frames.append(make_grid(pair, columns=2, gap=6))
-        for i, image in enumerate(to_images(x0), first):
-            save_new(image, Path(f"{stem}-{i:04}.png"))
-            images |= {i: image} if i < 400 else {}  # the sheet shows no more than these
-    images = gather(images)
+        # Without a judge the first are the best, and all are written at once.
+        scores = judge(x0).tolist() if judge else range(-first, -first - count, -1)
+        drawn = dict(enumerate(zip(to_images(x0), scores), first))
+        for i, pair in () if judge else drawn.items():
+            write(i, *pair)
+        kept = best(kept | drawn)
+    kept = best(gather(kept))
     if RANK:
         return 0
-    sheet = make_grid([images[i] for i in sorted(images)])
-    names = [save_new(sheet, Path(f"{stem}-grid.png"))]
+    for i, pair in kept.items() if judge else ():
+        show(f"{write(i, *pair)}  score {pair[1]:.3f}")
+    images = [image for image, _ in kept.values()][:400]
+    names = [save_new(make_grid(images), Path(f"{stem}-grid.png"))]
+    if paths:
+        names.append(save_new(show_nearest(images, paths), Path(f"{stem}-nearest.png")))
     if d.gif:
-        times = [80] * (len(frames) - 1) + [3000]  # milliseconds a frame
-        film = {"save_all": True, "append_images": frames[1:], "duration": times, "loop": 0}
-        names.append(save_new(frames[0], Path(f"{stem}.gif"), **film))
+        names.append(save_new(frames[0], Path(f"{stem}.gif"), **film(frames)))
     text = f"{d.n} pictures in {time.perf_counter() - begun:.1f} s"
     show(f"{text}: {stem}-*.png, {', '.join(map(str, names))}")
     return 0

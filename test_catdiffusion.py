@@ -7,21 +7,27 @@ against Bayes' rule worked out by brute force, and against chains whose end is k
 rest runs the two commands on cats drawn on the spot, in a temporary folder.
 """
 
+import dataclasses
+import hashlib
 import json
 import math
 import os
 import random
+import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import zipfile
 from pathlib import Path
+from urllib.error import URLError
 
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageChops
 from torch import nn
 
 import catdiffusion as cd
@@ -323,13 +329,6 @@ def test_shapes(size, channels):
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
             y = model(x, torch.tensor([0, 999]))
         assert y.shape == x.shape and y.dtype == torch.float32
-
-
-@pytest.mark.parametrize("size", [32, 64, 96, 128, 256])
-def test_each_size_gets_a_network_that_fits(size):
-    s = cd.complete(cd.Settings(data=("x",), size=size))
-    assert 4 <= size >> (len(s.mults) - 1) <= 12
-    assert s.attention == ((16,) if size != 96 else ())
 
 
 def test_time_embedding_is_sine_then_cosine():
@@ -1030,6 +1029,233 @@ def test_few_pictures_train_with_a_warning(tmp_path, capsys):
 
 
 # ------------------------------------------------------------------------------------------------
+# Looking at what came out: the best of many, the nearest in training, a picture half forgotten
+# ------------------------------------------------------------------------------------------------
+
+
+def save_small(path):
+    """A checkpoint of a small network at random weights. Returns its path."""
+    s = cd.complete(cd.Settings(size=16, channels=8, mults=(1, 2), attention=(8,)))
+    weights = {"model": small_unet().state_dict(), "ema": small_unet().state_dict()}
+    state = {"settings": dataclasses.asdict(s), "step": 7, "seconds": 0.0, **weights}
+    cd.save_checkpoint(Path(path), state)
+    return Path(path)
+
+
+def save_drawn(n, folder):
+    """n drawn cats of 16 px as PNG files."""
+    Path(folder).mkdir()
+    for i in range(n):
+        cd.draw_cat(random.Random(i), 16).save(f"{folder}/{i}.png")
+
+
+def test_a_picture_can_be_made_again_from_its_own_text(tmp_path):
+    path = save_small("a.pt")
+    assert (
+        run("sample", "--checkpoint", path, "-n", 3, "--steps", 4, "--seed", 5, "--out", "x/p") == 0
+    )
+    picture = Image.open("x/p-5-0002.png")
+    made = json.loads(picture.text["catdiffusion"])
+    assert made["checkpoint"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    model, diffusion, step = cd.load_checkpoint(path)
+    assert made["step"] == step
+    chain = cd.sample(
+        model,
+        diffusion,
+        1,
+        made["sampler"],
+        made["calls"],
+        made["eta"],
+        made["seed"],
+        made["index"],
+    )
+    again = cd.to_images(list(chain)[-1][2])[0]
+    assert max(max(pair) for pair in ImageChops.difference(again, picture).getextrema()) <= 1
+    words = "--steps", 4, "--seed", 5, "-n", 1, "--first", 2, "--out", "y/p"
+    assert run("sample", "--checkpoint", path, *words) == 0
+    assert [p.name for p in sorted(Path("y").iterdir())] == ["p-5-0002.png", "p-5-grid.png"]
+
+
+def test_best_of_keeps_what_the_judge_likes(monkeypatch, capsys):
+    """The judge here likes bright pictures; seven in eight are thrown away, in several batches."""
+    path = save_small("a.pt")
+    monkeypatch.setattr(cd, "make_judge", lambda classes: lambda x: x.mean((1, 2, 3)))
+    words = "--checkpoint", path, "--steps", 2, "--batch", 5
+    assert run("sample", *words, "-n", 16, "--out", "all/p") == 0
+    assert run("sample", *words, "-n", 2, "--best-of", 8, "--out", "best/p") == 0
+    bright = {}
+    for file in Path("all").glob("p-0-0*.png"):
+        bright[file.name] = sum(Image.open(file).convert("RGB").tobytes())
+        assert json.loads(Image.open(file).text["catdiffusion"])["score"] is None
+    wanted = sorted(bright, key=bright.get)[-2:]
+    assert sorted(p.name for p in Path("best").glob("p-0-0*.png")) == sorted(wanted)
+    scores = [
+        json.loads(Image.open(Path("best", name)).text["catdiffusion"])["score"] for name in wanted
+    ]
+    assert scores == sorted(scores) and f"{scores[-1]:.3f}" in capsys.readouterr().out
+    assert run("sample", "--best-of", 2, "--classes", 1000) == 2
+
+
+def test_the_judge_is_torchvisions_network(tmp_path, monkeypatch, capsys):
+    """At random weights, put where torchvision's download would lie. A picture of one colour stays
+    one when it is resized, so all of the preparation that is left is to be worked out by hand."""
+    from torchvision.models import MobileNet_V3_Large_Weights, mobilenet_v3_large
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    torch.manual_seed(0)
+    network = mobilenet_v3_large().eval()
+    file = tmp_path / "hub/checkpoints" / Path(MobileNet_V3_Large_Weights.IMAGENET1K_V2.url).name
+    file.parent.mkdir(parents=True)
+    torch.save(network.state_dict(), file)
+    colour = torch.tensor([0.2, -0.4, 0.9]).view(1, 3, 1, 1)
+    mean, std = (
+        torch.tensor(v).view(1, 3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    )
+    ready = ((colour + 1) / 2 - mean) / std
+    with torch.no_grad():
+        expected = network(ready.expand(2, 3, 224, 224)).softmax(1)[:, [281, 7]].sum(1)
+        found = cd.make_judge((281, 7))(colour.expand(2, 3, 64, 64))
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6)
+
+    def no_network(*_, **__):
+        raise URLError("no route to host")
+
+    save_small("a.pt")
+    for spoil in (lambda: file.write_bytes(b"half a file"), file.unlink):
+        spoil()
+        monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
+        assert run("sample", "--best-of", 2, "--checkpoint", "a.pt") == 2
+        error = capsys.readouterr().err
+        assert error.startswith("catdiffusion: --best-of: no classifier from https://")
+        assert error.count("\n") == 1 and not Path("samples").exists()
+
+
+def test_nearest_finds_a_copy_even_mirrored():
+    torch.manual_seed(0)
+    pictures = torch.randint(256, (700, 8, 8, 3), dtype=torch.uint8)
+    ours = torch.cat(
+        [pictures[[3, 650]].flip(2), torch.randint(256, (1, 8, 8, 3), dtype=torch.uint8)]
+    )
+    far, which = cd.nearest(ours, pictures)
+    assert which[:2, 0].tolist() == [3, 650] and far[:2, 0].max() < 0.1 < far[:2, 1].min()
+    straight = (ours[2].double() - pictures.double()).square().sum((1, 2, 3)).sqrt() / 127.5
+    mirrored = (ours[2].double() - pictures.flip(2).double()).square().sum((1, 2, 3)).sqrt() / 127.5
+    brute = torch.minimum(straight, mirrored).sort()
+    assert which[2].tolist() == brute.indices[:2].tolist()
+    assert far[2].tolist() == pytest.approx(brute.values[:2].tolist(), rel=1e-4)
+
+
+def test_the_sheet_of_nearest_pictures(capsys):
+    """Samples that are copies are found out; and without samples to compare with, one line."""
+    path = save_small("a.pt")
+    assert run("sample", "--checkpoint", path, "-n", 4, "--steps", 2, "--out", "x/p") == 0
+    save_drawn(20, "data")
+    words = "--checkpoint", path, "-n", 4, "--steps", 2, "--out", "x/p", "--nearest"
+    assert run("sample", *words, "data") == 0
+    before = capsys.readouterr().out
+    for i in range(4):
+        Image.open(f"x/p-0-000{i}.png").transpose(Image.FLIP_LEFT_RIGHT).save(f"data/copy{i}.png")
+    assert run("sample", *words, "data", "--out", "y/p") == 0
+    assert "100% are nearer" in capsys.readouterr().out and "100% are nearer" not in before
+    sheet = Image.open("y/p-0-nearest.png")  # pairs of 16 px, eight pictures in a row
+    for i in range(4):
+        left = sheet.crop((2 + 36 * i, 2, 18 + 36 * i, 18))
+        right = sheet.crop((20 + 36 * i, 2, 36 + 36 * i, 18)).transpose(Image.FLIP_LEFT_RIGHT)
+        assert left.tobytes() == right.tobytes()
+    assert run("sample", *words, "nowhere", "--out", "z/p") == 2 and not Path("z").exists()
+
+
+class Knows(nn.Module):
+    """A network that knows the one picture there is, and so always guesses right."""
+
+    def __init__(self, x0, diffusion):
+        super().__init__()
+        self.x0, self.diffusion, self.size = nn.Parameter(x0), diffusion, x0.shape[-1]
+
+    def forward(self, x, t):
+        abar = cd.at(self.diffusion.alphas_cumprod, t)
+        eps = (x - abar.sqrt() * self.x0) / (1 - abar).sqrt()
+        return abar.sqrt() * eps - (1 - abar).sqrt() * self.x0
+
+
+def test_reconstruction_by_a_network_that_knows_the_picture():
+    """Three rows of six: the picture; then it with ever more noise; guessed; and drawn anew."""
+    x0 = cd.as_floats(drawn(1, 16))
+    d = cd.Diffusion(schedule="cosine", prediction="v").to("cpu")
+    sheet = cd.reconstruct(Knows(x0, d), d, x0)
+    tiles = [
+        [sheet.crop((2 + 18 * i, 2 + 18 * k, 18 + 18 * i, 18 + 18 * k)) for i in range(6)]
+        for k in range(3)
+    ]
+    clean = cd.to_images(x0)[0]
+
+    def far(tile):
+        return sum(abs(a - b) for a, b in zip(tile.tobytes(), clean.tobytes())) / 768
+
+    assert tiles[0][0].tobytes() == clean.tobytes()
+    noisy = [far(tile) for tile in tiles[0]]
+    assert noisy == sorted(noisy) and noisy[1] > 5
+    assert max(far(tile) for row in tiles[1:] for tile in row) < 1
+
+
+def test_sampling_can_begin_half_way():
+    model, d = small_unet(), cd.Diffusion(schedule="cosine", prediction="v").to("cpu")
+    whole = list(cd.sample(model, d, 2, "ddim", 10))
+    t, x_t, _ = whole[4]
+    rest = list(cd.sample(model, d, 2, "ddim", 10, start=(t, x_t)))
+    assert [step[0] for step in rest] == [step[0] for step in whole[4:]]
+    torch.testing.assert_close(rest[-1][2], whole[-1][2])
+
+
+def test_previews_become_a_film_and_drifting_is_told(monkeypatch, capsys):
+    drawn_up, apart = cd.preview, iter([0.5, 0.1, 0.15, 0.4])
+    monkeypatch.setattr(cd, "preview", lambda *a: drawn_up(*a) | {"apart": next(apart)})
+    for steps in (1, 2, 3, 4):  # each run ends with a preview
+        assert run("train", *SMALL, "--steps", steps) == 0
+        assert ("drift" in capsys.readouterr().out) == (steps == 4)
+    with Image.open("run/progress.gif") as film:
+        assert film.n_frames == len(list(Path("run/previews").glob("*.png"))) == 4
+    assert Image.open("run/reconstruction.png").size == (6 * 18 + 2, 3 * 18 + 2)
+    numbers = [r for r in map(json.loads, open("run/log.jsonl")) if "apart" in r]
+    assert {"sample_mean", "data_mean", "sample_std", "data_std"} <= set(numbers[0])
+
+
+def test_other_pictures_are_told(capsys):
+    save_drawn(5, "data")
+    assert run("train", *SMALL, "--data", "./data", "--steps", 1) == 0
+    assert run("train", *SMALL, "--data", "data", "--steps", 2) == 0
+    assert "the pictures are not those" not in capsys.readouterr().out
+    Path("data/4.png").unlink()
+    assert run("train", *SMALL, "--data", "data", "--steps", 3) == 0
+    assert "the pictures are not those" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("size, side", [(32, 16), (64, 16), (96, 12), (128, 16), (256, 16)])
+def test_every_size_has_a_network(size, side):
+    s = cd.complete(cd.Settings(size=size, channels=8))
+    assert s.attention == (side,) and 4 <= size >> len(s.mults) - 1 <= 15
+    model = cd.make_unet(s)
+    assert model(torch.zeros(1, 3, size, size), torch.tensor([5])).shape == (1, 3, size, size)
+    looking = [cd.Attention is type(getattr(layer, "attention", None)) for layer in model.down]
+    assert sum(looking) == s.blocks  # on one floor
+
+
+def test_three_lines_of_python_draw_pictures():
+    """Those of the README, word for word; and to import the program does nothing."""
+    readme = (Path(cd.__file__).parent / "README.md").read_text()
+    lines = re.search(r"(    from catdiffusion import .*\n(?:    .*\n)+)", readme)[1]
+    code = textwrap.dedent(lines).replace('"samples/', f'"{Path(cd.__file__).parent}/samples/')
+    environment = {**os.environ, "PYTHONPATH": str(Path(cd.__file__).parent)}
+    for text, files in (("import catdiffusion", []), (code, ["cat.png"])):
+        done = subprocess.run(
+            [sys.executable, "-B", "-c", text], env=environment, capture_output=True
+        )
+        assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+        assert sorted(os.listdir()) == files
+    assert Image.open("cat.png").size == (64, 64)
+
+
+# ------------------------------------------------------------------------------------------------
 # Command line and devices
 # ------------------------------------------------------------------------------------------------
 
@@ -1079,6 +1305,7 @@ def test_the_module_imports_only_what_it_may():
 
 
 TPU = """
+import os, sys
 import catdiffusion as cd, torch, torch_xla.debug.metrics as met
 words = "train --device tpu --size 16 --channels 8 --mults 1 2 --attention 8 --batch 4".split()
 seen = []
@@ -1091,6 +1318,12 @@ cd.end_of_step = watch
 cd.preview = lambda *a: {}
 assert cd.main([*words, "--every", "1000", "--steps", "12"]) == 0
 print("compiled", seen)
+if os.environ["CPU_NUM_DEVICES"] == "2":  # a host with two cores
+    pictures = torch.zeros(20, 16, 16, 3, dtype=torch.uint8)
+    batch = cd.draw_batch(pictures, cd.Settings(batch=4), 0, cd.pick_device("tpu"))
+    shares = [sys.modules["torch_xla"]._XLAC._get_xla_sharding_spec(part) for part in batch]
+    assert [s.split("=")[1][:4].rstrip("]") for s in shares] == ["[2,1", "[2", "[2,1"], shares
+    sys.exit()
 assert seen[-1] == seen[2] and seen[-1][0] <= 3, seen  # nothing compiled or fetched any more
 aten = {n for n in met.counter_names() if n.startswith("aten::")}  # what left the device
 assert aten <= {"aten::_local_scalar_dense"}, aten  # Adam looks at lr once, before the first step
@@ -1100,13 +1333,20 @@ assert cd.main("sample -n 2 --steps 3 --device tpu".split()) == 0
 """
 
 
-def test_the_tpu_path_compiles_once(tmp_path):
+def test_the_tpu_path_compiles_once_and_uses_all_cores(tmp_path):
+    """Twelve steps on one core and on two: each its part of the batch, and the same losses."""
     pytest.importorskip("torch_xla")
-    environment = {**os.environ, "PJRT_DEVICE": "CPU", "PYTHONPATH": str(Path(cd.__file__).parent)}
-    done = subprocess.run(
-        [sys.executable, "-c", TPU], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    losses = []
+    for cores in "12":
+        environment = {**os.environ, "PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": cores}
+        environment["PYTHONPATH"] = str(Path(cd.__file__).parent)
+        command = [sys.executable, "-c", TPU]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+        log = map(json.loads, Path("run/log.jsonl").read_text().splitlines())
+        losses += [r["loss"] for r in log if "loss" in r]  # one record, the mean of all steps
+        shutil.rmtree("run")
+    assert len(losses) == 2 and losses[0] == pytest.approx(losses[1], abs=1e-4)
 
 
 TEAM = """
