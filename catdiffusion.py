@@ -519,7 +519,8 @@ def cache_pictures(folders, size, run):
         state = os.stat(file)
         sources.update(f"{file!a} {state.st_size} {state.st_mtime_ns}\n".encode())
     cache = Path(run, f"pictures-{sources.hexdigest()[:16]}.u8")
-    if not cache.exists():
+    found = cache.stat().st_size if cache.is_file() else 0
+    if not found or found % (3 * size * size):
         drawn = (draw_cat(random.Random(i), size).tobytes() for i in range(2000))
         with whole_file(cache) as file:
             file.writelines(decode_pictures(paths, size) if folders else drawn)
@@ -1519,11 +1520,11 @@ def draw_samples(d):
     usual = [Path(Settings.run, "checkpoint.pt"), Path(__file__).parent / "samples/catdiffusion.pt"]
     path = Path(d.checkpoint or next(filter(os.path.exists, usual), usual[0]))
     model, diffusion, learned = load_checkpoint(path, device)
-    show(f"drawing with {path}, step {learned}")
     whole = diffusion.timesteps
     steps = d.steps or {"dpm": 25, "ddim": 50}.get(d.sampler, whole)
     if steps > whole or (d.sampler == "ddpm-large" and steps < whole):
         raise Failure(f"--steps {steps}: at most {whole} here, and for ddpm-large no fewer")
+    show(f"drawing with {path}, step {learned}")
     weights = max([path, *path.glob("*")], key=lambda file: file.stat().st_size)  # of a folder
     made = {"seed": d.seed, "sampler": d.sampler, "calls": steps, "eta": d.eta, "step": learned}
     made["checkpoint"] = hashlib.sha256(weights.read_bytes()).hexdigest()
@@ -1624,10 +1625,14 @@ def main(argv=None):
         message, code = "out of memory: take a smaller --batch, or for train a larger --accum", 2
     except KeyboardInterrupt:
         message, code = "interrupted", 130
-    print(f"catdiffusion: {message}", file=sys.stderr)
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(message)[:1000])
+    print(f"catdiffusion: {line}", file=sys.stderr)
     return code
 
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="backslashreplace")  # for names that are no text
-    sys.exit(main())
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leaving by the door: tidied up
+    code = main()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # no second Ctrl-C while Python shuts down
+    sys.exit(code)

@@ -1220,6 +1220,15 @@ def test_previews_become_a_film_and_drifting_is_told(monkeypatch, capsys):
     assert {"sample_mean", "data_mean", "sample_std", "data_std"} <= set(numbers[0])
 
 
+def test_a_cut_cache_is_made_anew():
+    save_drawn(5, "data")
+    cache = cd.cache_pictures(["data"], 16, "run")
+    whole = cache.read_bytes()
+    for spoilt in (whole[:1000], b""):
+        cache.write_bytes(spoilt)
+        assert cd.cache_pictures(["data"], 16, "run").read_bytes() == whole
+
+
 def test_other_pictures_are_told(capsys):
     save_drawn(5, "data")
     assert run("train", *SMALL, "--data", "./data", "--steps", 1) == 0
@@ -1266,7 +1275,7 @@ train --accum 5|train --schedule square|train --prediction x0|train --device non
 train --every nan|train --epochs 3|train --ema 2|train --seed -1|train --batch 1e999
 train --data|train extra|paint|sample -n 0|sample -n x|sample --steps -1|sample --eta 2
 sample --eta nan|sample --sampler magic|sample --seed 1.5|sample --checkpoint nowhere.pt
-sample --batch 0|sample --device cuda:99"""
+sample --batch 0|sample --device cuda:99|train --data \x1b[31mred"""
 
 
 @pytest.mark.parametrize("words", ODD.replace("\n", "|").split("|"))
@@ -1276,6 +1285,7 @@ def test_odd_command_lines_get_one_line_and_write_nothing(words, capsys):
     assert run(*words.split()) == 2
     out, err = capsys.readouterr()
     assert err.count("\n") == 1 and err.startswith("catdiffusion: ") and len(err) < 300
+    assert err[:-1].isprintable()
     assert not list(Path(".").iterdir())
 
 
