@@ -44,6 +44,7 @@ import re
 import signal
 import sys
 import time
+import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
@@ -100,7 +101,7 @@ class Settings:
     # the recipe
     batch: int = opt(16, "pictures per step; 64 and more on a GPU", 1, 10**5)
     accum: int = opt(1, "parts to cut a batch into, to save memory", 1, 10**5, free=True)
-    lr: float = opt(1e-3, "learning rate; 2e-4 for a network of the paper's size", 0.0, 1.0)
+    lr: float = opt(1e-3, "learning rate; 2e-4 for a large network", 0.0, 1.0, free=True)
     ema: float = opt(0.9999, "decay of the average of the weights, per step", 0.0, 1.0)
     schedule: str = opt("cosine", "noise schedule, linear or cosine", "linear", "cosine")
     prediction: str = opt("v", "what the network guesses, eps or v", "eps", "v")
@@ -430,8 +431,10 @@ def face_box(path, width, height):
     each ear, as "9 x1 y1 ... x9 y9". Points may lie outside the picture; the square is moved, and
     if need be shrunk, to lie inside. Raises ValueError if the file makes no sense.
     """
-    if not os.path.isfile(f"{path}.cat"):  # none, or a named pipe, which would hang us
+    if not os.path.lexists(f"{path}.cat"):
         return None
+    if not os.path.isfile(f"{path}.cat"):  # a named pipe would hang us
+        raise ValueError("not a regular file")
     with open(f"{path}.cat", "rb") as file:
         nine, *points = [int(word) for word in file.read(1000).split()]
     xs, ys = points[0::2], points[1::2]
@@ -456,7 +459,8 @@ def read_picture(path, size):
         raise OSError("not a regular file")
     with Image.open(path, formats=("JPEG", "PNG", "WEBP", "BMP", "GIF")) as image:
         (width, height), box, complaint = image.size, None, ""
-        if width * height > 50_000_000 and image.format != "JPEG":
+        whole = image.format != "JPEG" or "progressive" in image.info  # cannot be decoded small
+        if whole and width * height > 50_000_000:
             raise ValueError("more than 50 million pixels")
         try:
             box = face_box(path, width, height)
@@ -489,6 +493,7 @@ def decode_pictures(paths, size):
         except Exception as e:  # a damaged file can make a decoder raise anything
             return b"", f"skipped: {e or type(e).__name__}"
 
+    warnings.filterwarnings("ignore", module="PIL")  # we tell of what matters ourselves
     bad, skipped = [], 0
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for first in range(0, len(paths), 500):  # not all at once: they may be a million
@@ -502,7 +507,7 @@ def decode_pictures(paths, size):
             show(f"decoding pictures, {done} of {len(paths)}", last=done == len(paths))
     if bad:
         told = f"{skipped} of {len(paths)} pictures skipped, {len(bad)} complaints, such as:"
-        print(told, *bad[:5], sep="\n")
+        show("\n".join([told, *bad[:8]]))
 
 
 def cache_pictures(folders, size, run):
@@ -539,7 +544,10 @@ def as_floats(pictures):
 def map_pictures(cache, size):
     """The file of cache_pictures as uint8 (N, size, size, 3); only what is looked at is loaded."""
     # shared: the system would set aside memory for private pages, as many as the file has
-    flat = torch.from_file(str(cache), shared=True, size=cache.stat().st_size, dtype=torch.uint8)
+    try:
+        flat = torch.from_file(str(cache), True, cache.stat().st_size, dtype=torch.uint8)
+    except RuntimeError as e:
+        raise OSError(brief(e)) from None
     return flat.view(-1, size, size, 3)
 
 
@@ -1111,10 +1119,11 @@ def save_checkpoint(path, state):
 
 
 def load_tensors(path):
-    """torch.load without code, and without a small file that unpacks to fill the memory."""
+    """torch.load without code, for a file whose checksums are right and that is not compressed, for
+    a small one could unpack to fill the memory."""
     with zipfile.ZipFile(path) as parts:
-        if any(part.compress_type for part in parts.infolist()):
-            raise ValueError("compressed")
+        if any(part.compress_type for part in parts.infolist()) or parts.testzip():
+            raise ValueError("compressed or damaged")
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
@@ -1132,19 +1141,35 @@ def read_checkpoint(path):
             raise ValueError("made by another program or version")
         state["settings"] = complete(Settings(**as_tuples(state["settings"])))
         state["step"], state["seconds"] = int(state["step"]), float(state["seconds"])
+        if not (state["step"] >= 0 and 0 <= state["seconds"] < 1e10):
+            raise ValueError("odd step or time")
         state["log"] = [dict(record) for record in state.get("log", [])]
         return state
     except Exception as e:  # a damaged file can raise anything
         raise Failure(f"{path}: not a whole checkpoint ({brief(e)})") from None
 
 
+def sound(tensor):
+    """Whether a tensor from a file is plain: finite floats, as many as the file has bytes for."""
+    plain = tensor.layout == torch.strided and tensor.is_floating_point() and tensor.is_cpu
+    whole = plain and tensor.nbytes <= tensor.untyped_storage().nbytes()
+    return whole and bool(tensor.isfinite().all())
+
+
 def load_parts(parts, state, path, **how):
     """state[name] into each part (a network, an optimiser). Raises Failure if one does not fit."""
     try:
         for name, part in parts.items():
+            tensors = state[name].values()
             if name == "optimizer":  # its averages are the run's, its kind is the device's
                 state[name]["param_groups"] = part.state_dict()["param_groups"]
+                tensors = [v for average in state[name]["state"].values() for v in average.values()]
+            if not all(map(sound, tensors)):
+                raise ValueError("odd numbers")
             part.load_state_dict(state[name], **how)
+            for p, average in part.state.items() if name == "optimizer" else ():  # torch looks not
+                if not average["exp_avg"].shape == average["exp_avg_sq"].shape == p.shape:
+                    raise ValueError("wrong shape")
     except Exception as e:
         raise Failure(f"{path}: its weights do not fit its settings ({brief(e)})") from None
 
@@ -1208,6 +1233,8 @@ def read_safetensors(path):
 
 def read_folder(folder):
     """What load_tensors gives, from a folder in the layout of diffusers' UNet2DModel."""
+    if not (folder / "config.json").is_file():  # a named pipe would hang us
+        raise ValueError("no config.json")
     c = json.loads((folder / "config.json").read_text())
     widths, size, blocks = c["block_out_channels"], c["sample_size"], c["layers_per_block"]
     kinds = [kind.replace("DownBlock2D", "") for kind in c["down_block_types"]]
@@ -1334,8 +1361,9 @@ def report(s, step, tally, speed, seconds):
     """
     losses, counts, (in_a_row, skipped, *_) = tally.tolist()
     if in_a_row >= REPORT:
-        text = f"the loss was not a number {REPORT} times in a row; {s.run} keeps what was saved"
-        raise Failure(f"{text}; begin anew with --run OTHER and a smaller --lr")
+        text = f"the loss was not a number {REPORT} times in a row"
+        text += f"; what was saved before is in {Path(s.run, 'checkpoint.pt')}"
+        raise Failure(f"{text}; go on from there with a smaller --lr")
     loss = sum(losses) / max(1, sum(counts))
     quarters = [a / max(1, b) for a, b in zip(losses, counts)]
     text = f"{step / s.steps:4.0%}  step {step}  loss {loss:.4f}"
@@ -1366,17 +1394,18 @@ def train(settings):
             raise Failure(f"{path} was made with {other}; use that, or --run OTHER to begin anew")
     step = saved["step"]
     if step >= s.steps:
-        print(f"{path} has all its {step} steps; to go on, give --steps a larger number")
+        show(f"{path} has all its {step} steps; to go on, give --steps a larger number")
         return 0
     if RANK == 0:
         cache_pictures(s.data, s.size, run)  # the others wait in join_team
     join_team(device)
     cache = cache_pictures(s.data, s.size, run)
     if saved.get("pictures", cache.name) != cache.name:
-        print(f"note: the pictures are not those that {path} was made with; it goes on with these")
+        show(f"note: the pictures are not those that {path} was made with; it goes on with these")
     pictures = map_pictures(cache, s.size)
-    if len(pictures) < 1000:
-        print(f"note: {len(pictures)} pictures are few; below 1,000 or so a network repeats them")
+    different = pictures[:2000].flatten(1).sum(1).unique().numel()  # by their sums: a guess
+    if different < 900:
+        show(f"note: {different} pictures are few; below 1,000 or so a network repeats them")
 
     set_seed(device, s.seed)
     model, diffusion = to_device(make_unet(s), device), make_diffusion(s).to(device)
@@ -1389,7 +1418,7 @@ def train(settings):
     team = in_team(model)
     million = sum(p.numel() for p in model.parameters()) / 1e6
     text = f"{len(pictures)} pictures of {s.size} px, {million:.1f} M parameters, on {device}"
-    print(f"{text}, step {step} of {s.steps}; checkpoint, previews and log go to {run}")
+    show(f"{text}, step {step} of {s.steps}; checkpoint, previews and log go to {run}")
     log, begun = saved["log"], time.perf_counter() - saved["seconds"]
 
     def seconds():  # of training, in all runs together
@@ -1406,15 +1435,15 @@ def train(settings):
                     show(f"note: brightness and contrast drift from the data's: {log[-1]}")
                 draw_curve([r for r in log if "loss" in r], run / "loss.png")
             (run / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in log))
-        except (OSError, RuntimeError) as e:  # out of memory, say: the checkpoint matters more
+        except Exception as e:  # no room on the disk or in memory, say: the checkpoint matters more
             show(f"no preview or log: {brief(e)}")
         state = {"settings": asdict(s), "step": step, "seconds": seconds(), "log": log}
         state["pictures"] = cache.name
         try:
             save_checkpoint(path, state | {name: p.state_dict() for name, p in parts.items()})
-        except OSError as e:  # the disk is full, say: someone may make room
+        except (OSError, RuntimeError, MemoryError) as e:  # a full disk: someone may make room
             if last:
-                raise
+                raise Failure(f"NOT SAVED: {brief(e)}; {path} is as it was before") from None
             show(f"NOT SAVED: {brief(e)}; the run goes on, and tries again later")
 
     tally, since = torch.zeros(3, 4, device=device), (step, seconds())
@@ -1619,8 +1648,9 @@ def main(argv=None):
         return train(complete(Settings(**given)))
     except (Failure, OSError) as e:  # OSError: the disk is full, the folder may not be written, ...
         message, code = e, 2
-    except RuntimeError as e:
-        if not re.search("(out of|not enough|can't allocate) memory", str(e), re.I):
+    except (RuntimeError, MemoryError) as e:
+        short = re.search("(out of|not enough|can't allocate) memory|ALLOC_FAILED", str(e), re.I)
+        if not short and not isinstance(e, MemoryError):
             raise
         message, code = "out of memory: take a smaller --batch, or for train a larger --accum", 2
     except KeyboardInterrupt:
@@ -1631,8 +1661,13 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # started with none
     sys.stdout.reconfigure(errors="backslashreplace")  # for names that are no text
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leaving by the door: tidied up
     code = main()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # no second Ctrl-C while Python shuts down
+    try:
+        sys.stdout.flush()
+    except OSError:  # nobody reads any more, say `| head`: nor will what is left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     sys.exit(code)

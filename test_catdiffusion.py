@@ -965,7 +965,7 @@ def test_a_loss_that_is_no_number_for_ever_stops_the_run(monkeypatch, capsys):
 def test_going_on_with_other_settings_is_refused(capsys):
     assert run("train", *SMALL, "--steps", 1) == 0
     capsys.readouterr()
-    for other in (["--channels", 16], ["--seed", 5], ["--lr", 0.5], ["--prediction", "eps"]):
+    for other in (["--channels", 16], ["--seed", 5], ["--ema", 0.5], ["--prediction", "eps"]):
         assert run("train", *SMALL, "--steps", 2, *other) == 2
         err = capsys.readouterr().err
         assert other[0] in err and "--run" in err and err.count("\n") == 1
@@ -1218,6 +1218,86 @@ def test_previews_become_a_film_and_drifting_is_told(monkeypatch, capsys):
     assert Image.open("run/reconstruction.png").size == (6 * 18 + 2, 3 * 18 + 2)
     numbers = [r for r in map(json.loads, open("run/log.jsonl")) if "apart" in r]
     assert {"sample_mean", "data_mean", "sample_std", "data_std"} <= set(numbers[0])
+
+
+def spoil_shape(state):
+    state["optimizer"]["state"][0]["exp_avg"] = torch.zeros(1)  # torch would write past its end
+
+
+def spoil_average(state):
+    state["optimizer"]["state"][0]["exp_avg_sq"] *= math.nan
+
+
+def spoil_weight(state):
+    for name in ("ema", "model"):
+        state[name]["conv_in.bias"][0] = math.inf
+
+
+def swell(state):
+    for name in ("ema", "model"):  # few bytes in the file, many in memory
+        shape = state[name]["conv_in.weight"].shape
+        state[name]["conv_in.weight"] = torch.zeros(1).expand(shape)
+
+
+def spoil_step(state):
+    state["step"] = -5
+
+
+def spoil_time(state):
+    state["seconds"] = math.nan
+
+
+@pytest.mark.parametrize(
+    "spoil", [spoil_shape, spoil_average, spoil_weight, swell, spoil_step, spoil_time]
+)
+def test_a_checkpoint_with_odd_numbers_gets_one_line(spoil, capfd):
+    assert run("train", *SMALL, "--steps", 1) == 0
+    path = Path("run/checkpoint.pt")
+    state = torch.load(path, weights_only=True)
+    spoil(state)
+    torch.save(state, path)
+    before = path.read_bytes()
+    capfd.readouterr()
+    assert run("train", *SMALL, "--steps", 2) == 2 and path.read_bytes() == before
+    error = capfd.readouterr().err
+    assert error.startswith("catdiffusion: run/checkpoint.pt: ") and error.count("\n") == 1
+    if spoil not in (spoil_shape, spoil_average):  # sample looks at no averages
+        assert run("sample", "-n", 1, "--steps", 1) == 2
+
+
+def test_one_flipped_bit_in_the_weights_is_noticed():
+    path = save_small("a.pt")
+    whole, small, noticed = path.read_bytes(), cd.read_checkpoint(path), 0
+    for at in random.Random(0).sample(range(len(whole) // 8, 7 * len(whole) // 8), 20):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
+        try:
+            state = cd.read_checkpoint(path)
+        except cd.Failure:
+            noticed += 1
+        else:  # it lies between two parts, where nothing is said
+            assert all(torch.equal(v, small["ema"][name]) for name, v in state["ema"].items())
+    assert noticed > 10
+
+
+def test_many_times_the_same_picture_is_few(capsys):
+    save_drawn(1, "data")
+    for i in range(1, 1000):
+        os.link("data/0.png", f"data/{i}.png")
+    assert run("train", *SMALL, "--data", "data", "--steps", 1) == 0
+    assert "note: 1 pictures are few" in capsys.readouterr().out
+
+
+def test_output_that_nobody_reads_costs_nothing():
+    """`... | head -1`, with and without Python's buffer: trained, saved, and not a word."""
+    words = [sys.executable, cd.__file__, "train", *SMALL, "--steps", "60", "--run"]
+    for buffer in ("", "1"):
+        environment = {**os.environ, "PYTHONUNBUFFERED": buffer}
+        pipe = subprocess.PIPE
+        child = subprocess.Popen([*words, f"r{buffer}"], env=environment, stdout=pipe, stderr=pipe)
+        child.stdout.readline()
+        child.stdout.close()
+        assert (child.stderr.read(), child.wait()) == (b"", 0)
+        assert cd.read_checkpoint(f"r{buffer}/checkpoint.pt")["step"] == 60
 
 
 def test_a_cut_cache_is_made_anew():
