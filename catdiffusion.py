@@ -949,12 +949,9 @@ def ladder(diffusion, steps):
     even in t, and 6 % on these (the tests work it out). On our cats, 256 samples of one checkpoint:
     Frechet distance 27.6 and 26.8.
     """
-    whole = diffusion.timesteps
-    if steps == whole:
-        return list(range(whole - 1, -1, -1))
     noise = log_noise(diffusion)  # (T,), rising
     wanted = torch.linspace(math.log(80), math.log(0.01), steps, dtype=torch.float64)
-    rungs = [whole - 1]
+    rungs = [diffusion.timesteps - 1]
     for k, t in enumerate((noise - wanted[:, None]).abs().argmin(1).tolist()[1:], 1):
         rungs.append(max(min(t, rungs[-1] - 1), steps - 1 - k))  # never the same t twice
     return rungs
@@ -964,6 +961,13 @@ def ladder(diffusion, steps):
 # grain is left to decide, that magnifies the network's errors: after 20 minutes of training,
 # 15 calls, Frechet distance 63 with leaning to the end, 24 when it stops here, 43 for DDIM in 50.
 LEAN_ABOVE = 0.2  # noise in units of the picture
+
+# NOTE a guess of x₀ is a mean, smoother than any picture, and a step built on it takes away a bit
+# more than noise: in the finest detail our cats had but 70 % of the power of real ones. So our
+# default leaves 0.4 % more noise at each step than the formula says (Ning et al. 2023,
+# arXiv:2308.15321, do much the same). 192 samples, 25 calls: Frechet distance 21 without, 13 with
+# it; with 1 %, 25.
+MORE_NOISE = 1.004
 
 
 @torch.no_grad()
@@ -1016,13 +1020,14 @@ def step_back(diffusion, x_t, x0, t, t_next, sampler, eta, fresh_noise):
 
     For η = 1 and t_next = t − 1, σ² is β̃_t, and the first two terms are the mean of Eq. 7 written
     differently: test_catdiffusion.py shows it. "ddpm-large" takes noise of variance β_t = 1−ᾱ/ᾱ'
-    instead, the paper's other choice, which is right only if no step is left out.
+    instead, the paper's other choice, which is right only if no step is left out. "dpm" leaves
+    MORE_NOISE times as much of ε.
     """
     abar, abar_next = at(diffusion.alphas_cumprod, t), at(diffusion.alphas_cumprod, t_next)
-    eta = {"dpm": 0.0, "ddim": eta}.get(sampler, 1.0)
+    eta, more = {"dpm": (0.0, MORE_NOISE), "ddim": (eta, 1.0)}.get(sampler, (1.0, 1.0))
     beta = 1 - abar / abar_next
     sigma2 = eta**2 * (1 - abar_next) / (1 - abar) * beta
-    eps = (x_t - abar.sqrt() * x0) / (1 - abar).sqrt()
+    eps = more * (x_t - abar.sqrt() * x0) / (1 - abar).sqrt()
     x = abar_next.sqrt() * x0 + (1 - abar_next - sigma2).clamp(min=0).sqrt() * eps
     noise = beta if sampler == "ddpm-large" else sigma2
     return x + noise.sqrt() * fresh_noise() if eta else x
@@ -1101,19 +1106,28 @@ def draw_curve(records, path, width=640, height=360):
 FORMAT = "catdiffusion 1"
 
 
-def on_cpu(value):
-    """The same nest of dicts and lists with every tensor on the CPU."""
+def each_tensor(value, change):
+    """The same nest of dicts and lists, with every tensor in it changed."""
     if isinstance(value, dict):
-        return {k: on_cpu(v) for k, v in value.items()}
+        return {k: each_tensor(v, change) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [on_cpu(v) for v in value]
-    return value.detach().cpu() if torch.is_tensor(value) else value
+        return [each_tensor(v, change) for v in value]
+    return change(value) if torch.is_tensor(value) else value
+
+
+def sound(tensor):
+    """A tensor from a file, if it is plain: finite floats, as many as the file has bytes for."""
+    plain = tensor.layout == torch.strided and tensor.is_floating_point() and tensor.is_cpu
+    whole = plain and tensor.nbytes <= tensor.untyped_storage().nbytes()
+    if not (whole and tensor.isfinite().all()):
+        raise ValueError("odd numbers")
+    return tensor
 
 
 def save_checkpoint(path, state):
     """Write state (settings, step, seconds, log, model, ema, optimizer) to path, whole or not."""
     buffer = io.BytesIO()
-    torch.save({"format": FORMAT, **on_cpu(state)}, buffer)
+    torch.save({"format": FORMAT, **each_tensor(state, lambda t: t.detach().cpu())}, buffer)
     with whole_file(path) as file:
         file.write(buffer.getbuffer())
 
@@ -1136,7 +1150,7 @@ def read_checkpoint(path):
     if not (path.is_file() or path.is_dir()):
         raise Failure(f"{path}: no such checkpoint; make one: python catdiffusion.py train")
     try:
-        state = read_folder(path) if path.is_dir() else load_tensors(path)
+        state = each_tensor(read_folder(path) if path.is_dir() else load_tensors(path), sound)
         if state["format"] != FORMAT:
             raise ValueError("made by another program or version")
         state["settings"] = complete(Settings(**as_tuples(state["settings"])))
@@ -1149,23 +1163,12 @@ def read_checkpoint(path):
         raise Failure(f"{path}: not a whole checkpoint ({brief(e)})") from None
 
 
-def sound(tensor):
-    """Whether a tensor from a file is plain: finite floats, as many as the file has bytes for."""
-    plain = tensor.layout == torch.strided and tensor.is_floating_point() and tensor.is_cpu
-    whole = plain and tensor.nbytes <= tensor.untyped_storage().nbytes()
-    return whole and bool(tensor.isfinite().all())
-
-
 def load_parts(parts, state, path, **how):
     """state[name] into each part (a network, an optimiser). Raises Failure if one does not fit."""
     try:
         for name, part in parts.items():
-            tensors = state[name].values()
             if name == "optimizer":  # its averages are the run's, its kind is the device's
                 state[name]["param_groups"] = part.state_dict()["param_groups"]
-                tensors = [v for average in state[name]["state"].values() for v in average.values()]
-            if not all(map(sound, tensors)):
-                raise ValueError("odd numbers")
             part.load_state_dict(state[name], **how)
             for p, average in part.state.items() if name == "optimizer" else ():  # torch looks not
                 if not average["exp_avg"].shape == average["exp_avg_sq"].shape == p.shape:

@@ -183,6 +183,16 @@ def test_one_step_back_with_eta_1_is_the_papers_posterior():
     torch.testing.assert_close(got, mean + variance.sqrt() * z)
 
 
+@pytest.mark.parametrize("sampler, more", [("dpm", 1.004), ("ddim", 1.0)])
+def test_only_our_default_leaves_more_noise_than_the_formula(sampler, more):
+    """The noisy picture of a black x0 is √(1−ᾱ)·ε; what is left of ε at t_next is √(1−ᾱ')·ε."""
+    d, zero = cd.Diffusion(), torch.zeros(1, 1, 1, 1).double()
+    t, t_next = torch.tensor([600]), torch.tensor([400])
+    x_t = d.q_sample(zero, t, zero + 1)
+    got = cd.step_back(d, x_t, zero, t, t_next, sampler, 0.0, None)
+    torch.testing.assert_close(got, more * d.q_sample(zero, t_next, zero + 1))
+
+
 @pytest.mark.parametrize("sampler", ["dpm", "ddim", "ddpm", "ddpm-large"])
 def test_no_noise_after_the_last_step(sampler, monkeypatch):
     """What comes out is the network's last guess; the last step that adds noise is before it."""
@@ -248,6 +258,7 @@ def test_looking_ahead_is_of_second_order(monkeypatch):
         exact = x_T / sigma[0] * abar[1].sqrt() * std**2 / sigma[1]
         return (x0 / exact - 1).abs().median().item()
 
+    monkeypatch.setattr(cd, "MORE_NOISE", 1.0)
     assert error("dpm", 25) < error("ddim", 50)
     monkeypatch.setattr(cd, "LEAN_ABOVE", 0)  # to the end, as the authors do
     assert error("dpm", 15) < 0.5 * error("ddim", 50)
