@@ -14,7 +14,6 @@ import math
 import os
 import random
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -183,16 +182,6 @@ def test_one_step_back_with_eta_1_is_the_papers_posterior():
     torch.testing.assert_close(got, mean + variance.sqrt() * z)
 
 
-@pytest.mark.parametrize("sampler, more", [("dpm", 1.004), ("ddim", 1.0)])
-def test_only_our_default_leaves_more_noise_than_the_formula(sampler, more):
-    """The noisy picture of a black x0 is √(1−ᾱ)·ε; what is left of ε at t_next is √(1−ᾱ')·ε."""
-    d, zero = cd.Diffusion(), torch.zeros(1, 1, 1, 1).double()
-    t, t_next = torch.tensor([600]), torch.tensor([400])
-    x_t = d.q_sample(zero, t, zero + 1)
-    got = cd.step_back(d, x_t, zero, t, t_next, sampler, 0.0, None)
-    torch.testing.assert_close(got, more * d.q_sample(zero, t_next, zero + 1))
-
-
 @pytest.mark.parametrize("sampler", ["dpm", "ddim", "ddpm", "ddpm-large"])
 def test_no_noise_after_the_last_step(sampler, monkeypatch):
     """What comes out is the network's last guess; the last step that adds noise is before it."""
@@ -258,7 +247,6 @@ def test_looking_ahead_is_of_second_order(monkeypatch):
         exact = x_T / sigma[0] * abar[1].sqrt() * std**2 / sigma[1]
         return (x0 / exact - 1).abs().median().item()
 
-    monkeypatch.setattr(cd, "MORE_NOISE", 1.0)
     assert error("dpm", 25) < error("ddim", 50)
     monkeypatch.setattr(cd, "LEAN_ABOVE", 0)  # to the end, as the authors do
     assert error("dpm", 15) < 0.5 * error("ddim", 50)
@@ -1438,16 +1426,18 @@ assert cd.main("sample -n 2 --steps 3 --device tpu".split()) == 0
 def test_the_tpu_path_compiles_once_and_uses_all_cores(tmp_path):
     """Twelve steps on one core and on two: each its part of the batch, and the same losses."""
     pytest.importorskip("torch_xla")
-    losses = []
-    for cores in "12":
+    hosts, losses = {}, []
+    for cores in "12":  # side by side: most of the time is compiling, on one core each
         environment = {**os.environ, "PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": cores}
         environment["PYTHONPATH"] = str(Path(cd.__file__).parent)
-        command = [sys.executable, "-c", TPU]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-        log = map(json.loads, Path("run/log.jsonl").read_text().splitlines())
+        Path(cores).mkdir()
+        with open(f"{cores}.txt", "w") as said:
+            how = {"cwd": cores, "env": environment, "stdout": said, "stderr": said}
+            hosts[cores] = subprocess.Popen([sys.executable, "-c", TPU], **how)
+    for cores, host in hosts.items():
+        assert host.wait(timeout=400) == 0, Path(f"{cores}.txt").read_text()[-4000:]
+        log = map(json.loads, Path(cores, "run/log.jsonl").read_text().splitlines())
         losses += [r["loss"] for r in log if "loss" in r]  # one record, the mean of all steps
-        shutil.rmtree("run")
     assert len(losses) == 2 and losses[0] == pytest.approx(losses[1], abs=1e-4)
 
 
