@@ -37,6 +37,18 @@ SMALL = "--size 16 --channels 8 --mults 1 2 --attention 8 --batch 4 --every 1000
 @pytest.fixture(autouse=True)
 def in_an_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cd, "draw_cat", draw_once)
+
+
+DRAWN = {}
+
+
+def draw_once(rng, size, draw_cat=cd.draw_cat):
+    """draw_cat, but each cat is drawn only once in all the tests."""
+    which = rng.getstate(), size
+    if which not in DRAWN:
+        DRAWN[which] = draw_cat(rng, size)
+    return DRAWN[which]
 
 
 def small_unet(seed=0):
@@ -1289,10 +1301,12 @@ def test_many_times_the_same_picture_is_few(capsys):
 def test_output_that_nobody_reads_costs_nothing():
     """`... | head -1`, with and without Python's buffer: trained, saved, and not a word."""
     words = [sys.executable, cd.__file__, "train", *SMALL, "--steps", "60", "--run"]
+    pipe, children = subprocess.PIPE, {}
     for buffer in ("", "1"):
-        environment = {**os.environ, "PYTHONUNBUFFERED": buffer}
-        pipe = subprocess.PIPE
-        child = subprocess.Popen([*words, f"r{buffer}"], env=environment, stdout=pipe, stderr=pipe)
+        environment = {**os.environ, "PYTHONUNBUFFERED": buffer, "OMP_NUM_THREADS": "1"}
+        how = {"env": environment, "stdout": pipe, "stderr": pipe}
+        children[buffer] = subprocess.Popen([*words, f"r{buffer}"], **how)
+    for buffer, child in children.items():
         child.stdout.readline()
         child.stdout.close()
         assert (child.stderr.read(), child.wait()) == (b"", 0)
@@ -1430,6 +1444,7 @@ def test_the_tpu_path_compiles_once_and_uses_all_cores(tmp_path):
     for cores in "12":  # side by side: most of the time is compiling, on one core each
         environment = {**os.environ, "PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": cores}
         environment["PYTHONPATH"] = str(Path(cd.__file__).parent)
+        environment["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # half the waiting
         Path(cores).mkdir()
         with open(f"{cores}.txt", "w") as said:
             how = {"cwd": cores, "env": environment, "stdout": said, "stderr": said}
