@@ -95,9 +95,7 @@ class Settings:
     channels: int = opt(32, "feature maps at full resolution, a multiple of 4", 8, 1024)
     mults: tuple = opt((), "multiples of it, one per resolution; none: 1 2 4 4 for 64 px", 1, 64)
     blocks: int = opt(1, "residual blocks at each resolution", 1, 16)
-    attention: tuple = opt(
-        (), "sides of the maps with attention; none: the largest up to 16", 1, 64
-    )
+    attention: tuple = opt((), "sides of maps with attention; none: the largest up to 16", 1, 64)
     dropout: float = opt(0.0, "share of features dropped, 0.1 for few pictures", 0.0, 0.9)
     # the recipe
     batch: int = opt(16, "pictures per step; 64 and more on a GPU", 1, 10**5)
@@ -107,8 +105,8 @@ class Settings:
     schedule: str = opt("cosine", "noise schedule, linear or cosine", "linear", "cosine")
     prediction: str = opt("v", "what the network guesses, eps or v", "eps", "v")
     min_snr: float = opt(5.0, "limit of the loss weight; 0: none, as in the paper", 0.0, 1e6)
-    timesteps: int = opt(1000, "T, the number of noise levels; the paper's is 1000", 2, 10**5)
     warmup: int = opt(200, "steps until the learning rate has its full height", 1, 10**6)
+    timesteps: int = opt(1000, "", 2, 10**5)  # T; no flag, as the schedules are made for 1000
 
 
 @dataclass
@@ -1150,11 +1148,9 @@ def load_parts(parts, state, path, **how):
             if name == "optimizer":  # its averages are the run's, its kind is the device's
                 state[name]["param_groups"] = part.state_dict()["param_groups"]
             part.load_state_dict(state[name], **how)
-            for p, average in (
-                part.state.items() if name == "optimizer" else ()
-            ):  # torch does not check
+            for p, average in part.state.items() if name == "optimizer" else ():
                 if not average["exp_avg"].shape == average["exp_avg_sq"].shape == p.shape:
-                    raise ValueError("wrong shape")
+                    raise ValueError("wrong shape")  # torch does not look
     except Exception as e:
         raise Failure(f"{path}: its weights do not fit its settings ({brief(e)})") from None
 
@@ -1326,7 +1322,7 @@ def preview(model, diffusion, pictures, run, step):
     folder.mkdir(parents=True, exist_ok=True)
     with whole_file(folder / f"{step:06}.png") as file:
         make_grid(to_images(x0)).save(file, "PNG")
-    sheets = sorted(folder.glob("*.png"), key=lambda sheet: int(sheet.stem))
+    sheets = sorted(folder.glob("*.png"), key=lambda sheet: (len(sheet.name), sheet.name))
     frames = [Image.open(sheet) for sheet in sheets[-1 :: -(len(sheets) // 100 + 1)]][::-1]
     frames[0].save(run / "progress.gif", **film(frames, 200))
     data = as_floats(pictures[:: len(pictures) // 500 + 1])
@@ -1614,7 +1610,7 @@ def parser():
     for name, table in (("train", Settings), ("sample", Drawing)):
         about = table.__doc__
         command = commands.add_parser(name, help=about, description=about, allow_abbrev=False)
-        for f in fields(table):
+        for f in (f for f in fields(table) if f.metadata["help"]):
             allowed, many = f.metadata["allowed"], isinstance(f.default, tuple)
             told = " ".join(map(str, f.default)) if many else f.default
             how = {"type": type(allowed[0]) if allowed else str, "nargs": "*" if many else None}

@@ -919,6 +919,13 @@ def test_the_gradient_is_cut_to_length_1():
     assert step.norm().item() == pytest.approx(1, rel=1e-2)
 
 
+def test_the_rate_rises_stays_and_falls(monkeypatch):
+    rates, train_step = [], cd.train_step
+    monkeypatch.setattr(cd, "train_step", lambda *a: rates.append(a[3]) or train_step(*a))
+    assert run("train", *SMALL, "--steps", 10, "--warmup", 4, "--lr", 0.08) == 0
+    assert rates == pytest.approx([0.02, 0.04, 0.06, *[0.08] * 6, 0.04])
+
+
 def test_training_averages_the_weights():
     assert run("train", *SMALL, "--steps", 12) == 0
     state = torch.load("run/checkpoint.pt", weights_only=True)
@@ -1394,7 +1401,7 @@ def test_every_flag_has_help_with_its_default(capsys):
             run(command, "--help")
         text = " ".join(capsys.readouterr().out.split())
         assert stop.value.code == 0
-        flags = [f for f in cd.fields(table) if f.metadata]
+        flags = [f for f in cd.fields(table) if f.metadata["help"]]
         assert text.count("(default: ") == len(flags) > 9
 
 
