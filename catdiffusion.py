@@ -1279,10 +1279,10 @@ def train_step(model, diffusion, optimizer, lr, batch, accum, tally):
     for x0, t, eps in zip(*(part.chunk(accum) for part in batch), strict=True):
         with autocast(x0.device):
             losses = diffusion.losses(model, x0, t, eps)  # (B / accum,)
-        (losses.sum() / len(batch[0])).backward()
+        known = 1 + 0 * losses.detach()  # 1; NaN for NaN and ∞, whose gradient then is NaN, too
+        ((losses * known).sum() / len(batch[0])).backward()
         quarter = F.one_hot(t * 4 // diffusion.timesteps, 4).float()  # (B / accum, 4)
-        known = losses.isfinite().float()
-        tally[:2] += torch.stack([losses.detach().nan_to_num(0, 0, 0), known]) @ quarter
+        tally[:2] += torch.stack([losses.detach(), known]).nan_to_num(0, 0, 0) @ quarter
 
     # One bad batch must not throw the network off its path: the gradient is cut to length 1, and if
     # it is not even a number, gradient and learning rate are set to 0, and the weights stay.

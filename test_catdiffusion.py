@@ -968,12 +968,14 @@ def test_a_step_without_a_number_changes_nothing():
     assert tally.isfinite().all()
 
 
-def test_a_loss_that_is_no_number_for_ever_stops_the_run(monkeypatch, capsys):
+@pytest.mark.parametrize("spoil", [lambda v: v * math.nan, lambda v: v + math.inf])
+def test_a_loss_that_is_no_number_for_ever_stops_the_run(spoil, monkeypatch, capsys):
+    """Whether the gradient is no number, either, or as if nothing were wrong."""
     assert run("train", *SMALL, "--steps", 2) == 0
     good = Path("run/checkpoint.pt").read_bytes()
     monkeypatch.setattr(cd, "REPORT", 6)
     monkeypatch.setattr(
-        cd.Diffusion, "losses", lambda self, m, x0, t, eps: m(x0, t).sum() * math.nan + t
+        cd.Diffusion, "losses", lambda self, m, x0, t, eps: spoil(m(x0, t).sum()) + t
     )
     assert run("train", *SMALL, "--steps", 300) == 2
     assert "not a number" in capsys.readouterr().err
