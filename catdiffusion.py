@@ -488,7 +488,6 @@ def decode_pictures(paths, size):
         except Exception as e:  # a damaged file can make a decoder raise anything
             return b"", f"skipped: {e or type(e).__name__}"
 
-    warnings.filterwarnings("ignore", module="PIL")  # we tell of what matters ourselves
     bad, skipped = [], 0
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for first in range(0, len(paths), 500):  # not all at once: they may be a million
@@ -1624,6 +1623,7 @@ def main(argv=None):
     """Run the command line `argv` (without the program's name). Returns the exit code."""
     if RANK:
         sys.stdout = open(os.devnull, "w")  # number 0 speaks for all
+    warnings.simplefilter("ignore")  # PIL's and torch's: we tell of what matters ourselves
     try:
         given = vars(parser().parse_args(argv))
         if given.pop("command") == "sample":
