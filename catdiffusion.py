@@ -1298,8 +1298,8 @@ def train_step(model, diffusion, optimizer, lr, batch, accum, tally):
 def reconstruct(model, diffusion, x0):
     """What the network makes of a picture x0 (1, 3, H, W), the more of it is drowned in noise.
 
-    A sheet of three rows, each with x0 in front: x_t at so many tenths of T; the network's guess x̂₀
-    at one look; and the picture at the end of the whole way back from there.
+    A sheet of three rows, each with x0 in front: x_t at 1, 3, 5, 7 and 9 tenths of T; the network's
+    guess x̂₀ at one look; and the picture at the end of the whole way back from there.
     """
     t = [diffusion.timesteps * k // 10 for k in (1, 3, 5, 7, 9)]
     eps = torch.randn(len(t), *x0.shape[1:], generator=torch.Generator().manual_seed(0))
@@ -1330,6 +1330,15 @@ def preview(model, diffusion, pictures, run, step):
     numbers = {"sample_mean": mean, "data_mean": data_mean, "sample_std": std, "data_std": data_std}
     numbers["apart"] = abs(mean - data_mean) + abs(std - data_std)
     return {name: round(number, 3) for name, number in numbers.items()}
+
+
+def look_back(log, run, step, numbers):
+    """Add what preview() measured to the log, draw the loss so far; tell if the samples drift."""
+    before = [record["apart"] for record in log if "apart" in record]
+    log.append({"step": step, **numbers})
+    if before and numbers["apart"] > max(0.2, 1.1 * before[-1]):
+        show(f"note: brightness and contrast drift from the data's: {log[-1]}")
+    draw_curve([record for record in log if "loss" in record], run / "loss.png")
 
 
 def report(s, step, tally, speed, seconds):
@@ -1405,11 +1414,7 @@ def train(settings):
             return  # number 0 does it
         try:
             if and_preview:
-                before = [r["apart"] for r in log if "apart" in r]
-                log.append({"step": step, **preview(ema.model, diffusion, pictures, run, step)})
-                if before and log[-1]["apart"] > max(0.2, 1.1 * before[-1]):
-                    show(f"note: brightness and contrast drift from the data's: {log[-1]}")
-                draw_curve([r for r in log if "loss" in r], run / "loss.png")
+                look_back(log, run, step, preview(ema.model, diffusion, pictures, run, step))
             (run / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in log))
         except Exception as e:  # no room on the disk or in memory, say: the checkpoint matters more
             show(f"no preview or log: {brief(e)}")
