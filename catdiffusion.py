@@ -23,15 +23,15 @@ A map of the file. The lesson is all there is to learn; you may stop reading whe
 Notation, the paper's own (the paper counts t from 1 to T; the code, as code does, from 0 to T-1):
 
     x0      x₀        a clean picture, (B, 3, H, W), values in [-1, 1]
-    t       t         how noisy: 0 is almost clean (not x0 yet), T-1 is pure noise; (B,), integers
+    t       t         how noisy: 0 is almost clean (not x0 yet), T-1 = 999 is noise; (B,), integers
     eps     ε         Gaussian noise, mean 0, variance 1, shaped like x0
     x_t     x_t       the picture after t+1 steps of noising; x̂₀ is a guess of x₀ from it
     beta    β_t       variance of the noise that step t adds
     abar    ᾱ_t       alphas_cumprod: the share of the picture's variance that survives up to t
     sigma   σ_t       √(1−ᾱ_t)/√ᾱ_t: the noise in x_t, in units of the picture in it
 
-A NOTE marks where the program departs from the paper, and says why. For the paper's own recipe:
-`train --prediction eps --schedule linear --min-snr 0`, and `sample --sampler ddpm`.
+A NOTE marks where the program departs from the paper, and says why. The paper's own objective and
+sampler: `train --prediction eps --schedule linear --min-snr 0`, and `sample --sampler ddpm`.
 
 What it reaches: cats beyond doubt at 64 px after 20 minutes on two CPU cores (see the README).
 """
@@ -68,10 +68,10 @@ from torch import nn
 # photo with a trace of noise; at t = 500, on our schedule, 0.7 of the photo and 0.7 of noise
 # (0.7² + 0.7² ≈ 1); at t = 999 it is noise alone.
 #
-# The way back is Bayes' rule, which turns "how likely is this x_t after that x_{t−1}" around. If x₀
-# were known, the answer would be a Gaussian that can be written down (`q_posterior`). We do not
-# know x₀, so a network guesses. It is trained on squared error, so its guess is the mean of all
-# that x_t could have come from (no other answer is as near to all of them): sharp when there is
+# The way back: we know x_t given x_{t−1} and want x_{t−1} given x_t. Bayes' rule swaps the two, but
+# needs to know which pictures there are; for one known x₀ it can be worked out (`q_posterior`). We
+# do not know x₀, so a network guesses. It is trained on squared error, so its guess is the mean of
+# all that x_t could have come from (no other answer is as near to all of them): sharp when there is
 # little noise, a blur when there is much. That is why one guess is not enough, and we go in steps.
 
 
@@ -167,8 +167,8 @@ class Diffusion:
 
         NOTE then the network is mostly busy with the faintest noise, which hardly matters to the
         eye. Min-SNR (Hang et al. 2023, arXiv:2303.09556) counts the squared error of x₀ times the
-        signal-to-noise ratio, but at most times min_snr. In ε an error is ᾱ/(1−ᾱ) times as large
-        as in x₀ (see above), in v 1/(1−ᾱ) times: that is divided out.
+        signal-to-noise ratio, but at most times min_snr. What the loss has is the error of ε or v,
+        ᾱ/(1−ᾱ) or 1/(1−ᾱ) times as large as that of x₀ (see above): so we divide by that first.
         """
         snr = at(self.sigmas, t) ** -2  # ᾱ/(1−ᾱ)
         per_x0 = snr if self.prediction == "eps" else snr + 1
@@ -177,8 +177,7 @@ class Diffusion:
     def loss(self, model, x0, t, eps):
         """Mean squared error of the guess; with the paper's settings (ε − ε_θ(x_t, t))² (Eq. 14)"""
         output = model(self.q_sample(x0, t, eps), t)  # (B, 3, H, W)
-        error = (output - self.target(x0, t, eps)).square()
-        return (self.weight(t) * error).mean()  # a scalar
+        return (self.weight(t) * (output - self.target(x0, t, eps)).square()).mean()
 
 
 # ---- Learning ----------------------------------------------------------------------------------
@@ -228,8 +227,8 @@ def train_step(model, diffusion, optimizer, lr, batch, accum=1):
 def ddpm_step(diffusion, x0, x_t, t, t_next, fresh_noise, large=False):
     """The paper's way (Algorithm 2): take the guess for the truth, and pick from Eq. 6 at random.
 
-    The mean of Eq. 6 alone would be too smooth: the picture at t_next had noise of its own, of
-    which only the variance is known. So fresh noise takes its place.
+    The mean of Eq. 6 has less noise than a picture at t_next should have; the missing amount is
+    added, fresh.
 
     The paper found two variances to serve equally well: that of Eq. 7, exact if all data were one
     picture, and β (`large`), exact if the data were noise itself. They differ by β²·ᾱ'/(1−ᾱ).
@@ -246,10 +245,9 @@ def ddim_step(diffusion, x0, x_t, t, t_next):
     x_t is the guessed picture and some ε. Mix the same two again, by Eq. 4, as at t_next. Nothing
     random happens, so each picture follows one path from noise to cat; and as the guess changes
     little from level to level, the path bends little, and can be taken in large steps: 50 do. (Song
-    et al. have a dial between the two, η: the share of fresh noise. 0 is this, 1 the paper's way.)
+    et al. have a dial, η, for the share of fresh noise: 0 is this, 1 is `ddpm_step`, not `large`.)
     """
-    # ε is worked out from x0, for the network's own may not fit it: x0 has been clipped, and only
-    # what is left of x_t without x0 adds up to x_t again.
+    # ε is worked out anew, as x0 may have been clipped or leaned: the two must add up to x_t.
     eps = (x_t - at(diffusion.signal_rate, t) * x0) / at(diffusion.noise_rate, t)
     return diffusion.q_sample(x0, t_next, eps)
 
@@ -257,9 +255,9 @@ def ddim_step(diffusion, x0, x_t, t, t_next):
 def look_ahead(diffusion, x0, x0_prev, t_prev, t, t_next):
     """Lean the guess forward (DPM-Solver++ 2M, Lu et al. 2022, arXiv:2211.01095).
 
-    DDIM holds the guess fixed until the next look, but it moves on: about evenly, if the logarithm
-    of sigma is the clock. From the last two guesses we can tell where it will be in the middle of
-    this step, and that is the best single value for all of it: 25 steps do.
+    Drawn against the logarithm of sigma, the guess moves on nearly a straight line. DDIM takes its
+    value at the start of a step for all of it; we extend the line through the last two guesses to
+    the middle of the step, which stands better for the whole: 25 steps do.
     """
     sigma_prev, sigma, sigma_next = (at(diffusion.sigmas, each) for each in (t_prev, t, t_next))
     step, step_prev = (sigma_next / sigma).log(), (sigma / sigma_prev).log()  # both negative
@@ -273,16 +271,16 @@ def noise_levels(diffusion, steps):
     """The t that a drawing of `steps` network calls visits: T-1 first, then ever lower.
 
     NOTE most programs take every T/steps-th t. Ours, after the first, are even in the logarithm of
-    sigma: it falls by the same factor each time, from 80 to 0.01 (like Karras et al. 2022,
-    arXiv:2206.00364). Of 50 levels even in t, on the cosine schedule, only 2 are above t = 970,
-    where the colours of a picture are decided, and 1 below 30; of ours 7 and 10. The large steps of
-    DDIM also lose contrast, and less of it on these levels.
+    sigma: it falls by the same factor each time, from about 80 to 0.01 (like Karras et al. 2022,
+    arXiv:2206.00364). Steps even in t spend few calls at the ends, where the colours and the grain
+    are decided: on the cosine schedule, of 50 levels, 2 are above t = 970 and 1 is below 30. Of
+    ours it is 7 and 10. DDIM, which loses contrast in large steps, loses less of it so.
     """
     log_sigmas = diffusion.sigmas.cpu().double().log()  # (T,), rising
     levels = [diffusion.timesteps - 1]  # pure noise
     for k in range(1, steps):
-        wanted = math.log(80) + k / (steps - 1) * math.log(0.01 / 80)  # from log 80 to log 0.01
-        t = (log_sigmas - wanted).abs().argmin().item()  # the nearest there is
+        wanted = math.log(80) + k / (steps - 1) * math.log(0.01 / 80)  # down to 0.01
+        t = (log_sigmas - wanted).abs().argmin().item()
         levels.append(max(min(t, levels[-1] - 1), steps - 1 - k))  # never the same t twice
     return levels
 
@@ -307,13 +305,13 @@ def sample(model, diffusion, n=8, sampler="dpm", steps=25, seed=0, first=0, star
     if start:
         levels, x_t = [start[0], *(t for t in levels if t < start[0])], start[1]
     for k, level in enumerate(levels):
-        t = torch.full((n,), level).to(device)  # made there, a TPU would compile each t anew
+        t = torch.full((n,), level).to(device)  # built on a TPU, it would be compiled in
         with autocast(device):
             output = model(x_t, t)  # ε or v
-        x0 = diffusion.x0_from(output, x_t, t).clamp(-1, 1)  # the guess
+        x0 = diffusion.x0_from(output, x_t, t).clamp(-1, 1)
         yield level, x_t, x0
         if k == len(levels) - 1:
-            break  # the last guess is the picture (the mean of Eq. 6 is x̂₀ there), without noise
+            break  # below is no noise: ᾱ' = 1, so the mean of Eq. 6 is x̂₀ and the variance is 0
         t_next = torch.full((n,), levels[k + 1]).to(device)
         if sampler.startswith("ddpm"):
             x_t = ddpm_step(diffusion, x0, x_t, t, t_next, fresh_noise(), sampler == "ddpm-large")
@@ -339,7 +337,7 @@ def sample(model, diffusion, n=8, sampler="dpm", steps=25, seed=0, first=0, star
 def time_embedding(t, channels):
     """Numbers 0..T-1 as waves of different lengths (Vaswani et al. 2017): (B,) -> (B, channels).
 
-    A network reads one number in the thousands badly, and many numbers in [-1, 1] well.
+    A network reads one number in the hundreds badly, and many numbers in [-1, 1] well.
     """
     half = channels // 2
     exponents = torch.arange(half, dtype=torch.float32, device=t.device) / (half - 1)
@@ -350,8 +348,8 @@ def time_embedding(t, channels):
 def norm(channels):
     """Group normalisation: each group of channels to mean 0 and variance 1 (Wu & He 2018).
 
-    NOTE the paper's 32 groups from its 128 channels up; below, groups of 4 channels, its smallest.
-    32 groups of 32 channels would be one each, which erases each map's mean: the brightness.
+    NOTE the paper has 32 groups, of 4 channels at its 128; on narrower maps ours are of 4, too.
+    One channel a group would erase the mean of each map, and with it the brightness.
     """
     groups = next(g for g in range(min(32, channels // 4), 0, -1) if channels % g == 0)
     return GroupNorm(groups, channels, eps=1e-6)
@@ -390,9 +388,10 @@ class Attention(nn.Module):
 
     def forward(self, x):
         y = self.norm(x).flatten(2).transpose(1, 2)  # (B, HW, C): pixels as a list
-        # softmax(q·kᵀ/√C)·v: compare its question with all keys, and mix their values accordingly
-        y = F.scaled_dot_product_attention(self.q(y), self.k(y), self.v(y))
-        return x + self.out(y).transpose(1, 2).reshape(x.shape)
+        q, k, v = self.q(y), self.k(y), self.v(y)  # each pixel's question, key and value
+        weights = (q * x.shape[1] ** -0.5 @ k.transpose(1, 2)).softmax(-1)  # who looks at whom
+        y = self.out(weights.to(v.dtype) @ v)  # each gets a mixture of all values
+        return x + y.transpose(1, 2).reshape(x.shape)
 
 
 class Downsample(nn.Conv2d):
@@ -404,7 +403,7 @@ class Downsample(nn.Conv2d):
 
 
 class Upsample(nn.Conv2d):
-    """Twice the side: repeat, then smooth. (Transposed convolutions leave checkerboards.)"""
+    """Twice the side: repeat, then convolve. (Transposed convolutions leave checkerboards.)"""
 
     def forward(self, x, time):
         return super().forward(upsample(x))
@@ -472,7 +471,7 @@ class UNet(nn.Module):
 
 # ---- Averaging ---------------------------------------------------------------------------------
 # The weights of the last step still jitter from batch to batch. Their running average draws much
-# better pictures, and costs one multiply-add a step. The paper's decay of 0.9999 remembers some
+# better pictures, and costs one multiply-add a weight. The paper's decay of 0.9999 remembers some
 # 10,000 steps, though, and early on that would be mostly the random start: sampling from such an
 # average gives noise, and a good many people have taken that for a bug in their sampler. NOTE so
 # ours grows with the run: after n steps it remembers about the last n/9.
@@ -552,7 +551,7 @@ def load_pictures(folders, size, run):
 
 def find_pictures(folders):
     """All picture files below `folders`, once each, without hidden ones (macOS' ._cat.jpg)."""
-    found = set()
+    found = set()  # each file once, also if two folders overlap
     for folder in map(Path, folders):
         names = map(Path, glob.glob("**", root_dir=folder, recursive=True))  # no hidden ones
         files = {folder.absolute() / name for name in names if name.suffix.lower() in SUFFIXES}
@@ -563,7 +562,7 @@ def find_pictures(folders):
 
 def decode_pictures(paths, size):
     """Yield the bytes of each picture. What cannot be decoded is skipped, counted and named."""
-    skipped = []
+    skipped = []  # what to tell of them
 
     def attempt(path):
         try:
@@ -582,9 +581,9 @@ def decode_pictures(paths, size):
 
 
 def read_picture(path, size):
-    """One file -> the bytes of (size, size, 3). Raises whatever Pillow raises on a damaged file.
+    """One file -> the bytes of (size, size, 3), upright, RGB, on white where it is transparent.
 
-    EXIF rotation is undone. Grey, palette and CMYK become RGB, transparent becomes white.
+    Raises whatever Pillow raises on a damaged file.
     """
     with Image.open(path, formats=("JPEG", "PNG", "WEBP", "BMP", "GIF")) as image:
         require(image.mode[0] != "I", "grey of 16 bit, which would come out white")
@@ -685,12 +684,12 @@ def prepare(s, device):
     set_seed(device, s.seed)  # the same network each time
     model, diffusion = build(s, device)
     run = argparse.Namespace(model=model, diffusion=diffusion, step=0, seconds=0.0, log=[])
-    run.ema = EMA(model, s.ema)
+    run.ema = EMA(model, s.ema)  # starts as a copy
     # Adam (the paper, appendix B), its update as one kernel where torch has one. On a TPU the
     # step counter must be a tensor, too: a number would be compiled into the program.
     lr, xla = torch.tensor(0.0, device=device), device.type == "xla"
     run.optimizer = torch.optim.Adam(model.parameters(), lr, capturable=xla, fused=not xla)
-    path = Path(s.run, "checkpoint.pt")  # is there a run to go on with?
+    path = Path(s.run, "checkpoint.pt")
     if path.exists():
         with open_checkpoint(path) as saved:
             # A run may go on elsewhere and faster or slower, but otherwise as it began.
@@ -770,20 +769,21 @@ def reconstruct(model, diffusion, x0):
 
 
 # ---- Sample ------------------------------------------------------------------------------------
-# The other command. The checkpoint knows its network, so nothing has to be said twice. Every batch
-# is written as soon as it is drawn, and each file says in its own text how it was made.
+# The other command. The checkpoint knows its network, so nothing has to be said twice. Without a
+# judge, every batch is written as soon as it is drawn; each PNG says in its text how it was made.
 
 
 def draw_samples(s):
     """Draw pictures as the settings `s` say (sample's options, by name). Returns the exit code."""
-    usual = "run/checkpoint.pt", f"{Path(__file__).parent}/samples/catdiffusion.pt"
+    usual = "run/checkpoint.pt", f"{Path(__file__).parent}/samples/catdiffusion.pt"  # in this order
     s.checkpoint = s.checkpoint or next(filter(os.path.exists, usual), usual[0])
     model, diffusion, step = load_checkpoint(s.checkpoint, pick_device(s.device))
     calls = s.steps or {"dpm": 25, "ddim": 50}.get(s.sampler, 1000)
     judge = make_judge() if s.best_of > 1 else None  # first: it may not be there
     training = find_pictures([s.nearest]) if s.nearest else None
     show(f"drawing with {s.checkpoint}, step {step}")
-    stem = f"{s.out}/cat-{s.seed}" if Path(s.out).is_dir() else f"{s.out}-{s.seed}"
+    is_folder = s.out.endswith("/") or Path(s.out).is_dir()
+    stem = f"{s.out}/cat-{s.seed}" if is_folder else f"{s.out}-{s.seed}"
 
     def write(x, numbers, scores):
         for image, number, score in zip(to_images(x), numbers, scores):
@@ -812,7 +812,7 @@ def draw_samples(s):
         save_new(beside_nearest(drawn[:400], training), Path(f"{stem}-nearest.png"), vars(s))
     if frames:
         save_film(frames, f"{stem}.gif")
-    show(f"{s.n} pictures in {time.perf_counter() - begun:.1f} s: {stem}*")
+    show(f"{s.n} pictures in {time.perf_counter() - begun:.1f} s; the latest {stem}*")
     return 0
 
 
@@ -820,8 +820,7 @@ def make_judge():
     """A function: pictures (B, 3, H, W) in [0, 1] -> what they show, chances of 1000 classes.
 
     The judge is torchvision's MobileNetV3 (Howard et al. 2019, arXiv:1905.02244), trained on the
-    photos of ImageNet. Its weights are downloaded (22 MB) if they never were: the one thing here
-    that needs a network. Raises Failure if there is none.
+    photos of ImageNet. Its weights (22 MB) are downloaded once. Raises Failure if they cannot be.
     """
     from torchvision.models import MobileNet_V3_Large_Weights, mobilenet_v3_large
 
@@ -928,8 +927,8 @@ def complete(s):
     """train's settings with what was left to us filled in. Raises Failure if they do not fit."""
     s.data = [os.path.normpath(folder) for folder in s.data or []]  # ./cats and cats are the same
     s.size = s.size or (64 if s.data else 32)  # px
-    s.steps = s.steps or (50_000 if s.data else 2_000)
-    # One more floor for each doubling of the size: the lowest maps have 8 to 15 px (4 at 32 px).
+    s.steps = s.steps or (50_000 if s.data else 2_000)  # many hours; some minutes
+    # One more floor for each doubling of the size: the lowest maps have 8 to 15 px (4 at 32).
     s.mults = s.mults or [1] * max(0, s.size.bit_length() - 7) + [1, 2, 4, 4]
     # Attention at the largest map of at most 16 px: 16 for 32, 64, 128 and 256 px, 12 for 96 px.
     sides = [s.size >> floor for floor in range(len(s.mults))]  # 64, 32, 16, 8
@@ -961,7 +960,7 @@ def main(argv=None):
 def show(text, passing=False):
     """A line for the user; a passing one only in a terminal, where the next is written over it."""
     if RANK == 0 and (sys.stdout.isatty() or not passing):  # one process speaks for all
-        with contextlib.suppress(OSError):  # the terminal may be gone: the work goes on
+        with contextlib.suppress(OSError, ValueError):  # no terminal, odd names: the work goes on
             print(f"{text:79}", end="\r" if passing else "\n", flush=True)
 
 
@@ -975,7 +974,7 @@ def show(text, passing=False):
 # Many processes: `torchrun --nproc-per-node=4 -- catdiffusion.py train ...` starts this file four
 # times and gives each its number, RANK. Each has the whole network and does its part of every
 # batch, and DistributedDataParallel averages their gradients, so that all take the same step.
-# Number 0 alone decodes, saves and prints. In a single process none of this does anything.
+# Number 0 alone decodes, saves and prints. In one process, and in `sample`, none of this matters.
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # how many processes
 RANK = int(os.environ.get("RANK", 0))  # which of them this is
 
@@ -1028,7 +1027,7 @@ def over_cores(*batch):
     """The tensors of a batch; on a TPU, cut into one part for each core of the host.
 
     torch_xla's compiler does the rest: every core has the network and works on its part of the
-    batch, and gradients are summed over the cores. A batch that does not divide is not cut.
+    batch, and gradients are summed over the cores.
     """
     if batch[0].device.type == "xla":
         from torch_xla.distributed import spmd
@@ -1103,19 +1102,17 @@ def save_new(image, path, about, k=1):
     name = path if k == 1 else path.with_stem(f"{path.stem}-{k}")
     if name.exists() and Image.open(name).tobytes() != image.tobytes():
         return save_new(image, path, about, k + 1)
-    text = PngImagePlugin.PngInfo()
+    text = PngImagePlugin.PngInfo()  # PNG's own place for words
     text.add_text("catdiffusion", json.dumps(about))
     with whole_file(name) as file:
         image.save(file, "PNG", pnginfo=text)
 
 
 def build(s, device):
-    """The network and the diffusion that the settings `s` describe, on `device`.
-
-    Channels are last in memory, which is fastest.
-    """
+    """The network and the diffusion that the settings `s` describe, on `device`."""
     model = UNet(s.size, s.channels, s.mults, s.blocks, s.attention, s.dropout)
     diffusion = Diffusion(schedule=s.schedule, prediction=s.prediction, min_snr=s.min_snr)
+    # Channels last in memory: convolutions are fastest so.
     return model.to(device, memory_format=torch.channels_last), diffusion.to(device)
 
 
@@ -1191,7 +1188,7 @@ def our_name(name, blocks):
 
 def read_safetensors(path):
     """The tensors in a .safetensors file: the length of a JSON header, the header, raw numbers."""
-    raw, tensors = bytearray(path.read_bytes()), {}
+    raw, tensors = bytearray(path.read_bytes()), {}  # all of the file
     start = 8 + int.from_bytes(raw[:8], "little")  # where the numbers begin
     for name, about in json.loads(raw[8:start]).items():
         if name != "__metadata__":
@@ -1206,7 +1203,7 @@ def read_folder(folder):
     c = json.loads((folder / "config.json").read_text())  # sizes and kinds of layers
     widths, kinds, blocks = c["block_out_channels"], c["down_block_types"], c["layers_per_block"]
     foreign = {key for key, value in THEIR_CONFIG.items() if c[key] != value}
-    foreign |= set(kinds) - {"DownBlock2D", "AttnDownBlock2D"}
+    foreign |= set(kinds) - {"DownBlock2D", "AttnDownBlock2D"}  # blocks that we do not have
     require(not foreign and min(widths) > 127, f"{folder}: not the paper's network, {foreign}")
     s = {"size": c["sample_size"], "channels": widths[0], "blocks": blocks, "dropout": 0.0}
     s |= {"mults": [width // widths[0] for width in widths], "schedule": "linear"}
@@ -1224,15 +1221,14 @@ def read_folder(folder):
 def to_images(x):
     """Pictures (B, 3, H, W) in [-1, 1] -> list of PIL images."""
     x = ((x.float().cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
-    size = x.shape[2], x.shape[1]
-    return [Image.frombytes("RGB", size, bytes(picture.flatten().tolist())) for picture in x]
+    return [Image.frombytes("RGB", x.shape[2:0:-1], bytes(p.flatten().tolist())) for p in x]
 
 
 def make_grid(x, columns=None, gap=2):
     """Pictures (B, 3, H, W) in [-1, 1] -> one PIL image of them all, row by row, about square."""
     columns, (h, w) = columns or math.ceil(len(x) ** 0.5), (side + gap for side in x.shape[2:])
     rows = math.ceil(len(x) / columns)  # the last may be short
-    sheet = Image.new("RGB", (columns * w + gap, rows * h + gap), "white")
+    sheet = Image.new("RGB", (columns * w + gap, rows * h + gap), "white")  # the gaps shine through
     for i, image in enumerate(to_images(x)):
         sheet.paste(image, (gap + i % columns * w, gap + i // columns * h))
     return sheet
