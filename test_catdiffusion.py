@@ -109,9 +109,7 @@ def test_the_schedules_and_the_jump_to_any_t():
     for t in (0, 100, 499, 900):  # Nichol & Dhariwal 2021, Eq. 17
         f = [math.cos((u / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2 for u in (t + 1, 0)]
         assert cosine[t].item() == pytest.approx(f[0] / f[1], rel=1e-9)
-    assert cosine[499].sqrt().item() == pytest.approx(
-        0.7, abs=0.01
-    )  # what the file says of t = 500
+    assert 0.69 < cosine[499].sqrt() < 0.71  # what the file says of t = 500
     mean, variance, (one, zero), (t,) = 1.0, 0.0, pixels(1, 0), levels(300)
     for beta in torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)[:301].tolist():
         mean, variance = mean * (1 - beta) ** 0.5, variance * (1 - beta) + beta
@@ -152,7 +150,6 @@ def test_min_snr_weighs_the_error_of_x0(prediction, t):
 # ---- One step back -----------------------------------------------------------------------------
 # We know nothing of Eq. 6 and 7 here: we multiply the two Gaussians that Bayes' rule names, on a
 # grid of two million points, and take mean and variance of the product. For steps of any width.
-
 
 STEPS = [(1, 0), (2, 1), (500, 499), (999, 998), (999, 400), (60, 20)]
 
@@ -302,7 +299,6 @@ def test_picture_i_of_a_seed_is_always_the_same(sampler):
 # ---- The network -------------------------------------------------------------------------------
 # Its size is the published one; each layer of ours is held against torch's own or worked by hand.
 
-
 SIDES = {32: 16, 48: 12, 64: 16, 96: 12, 128: 16, 256: 16}  # which maps have attention
 
 
@@ -424,10 +420,10 @@ def test_a_batch_is_a_function_of_seed_and_step():
     assert not (x0 == other[0]).all() and not (eps == other[2]).all()
     assert (t * 4 // 1000).bincount().tolist() == [16] * 4  # spread evenly
     back = ((x0 + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
-    kinds = [
-        [any(torch.equal(p, q) for q in k) for p in back] for k in (pictures, pictures.flip(2))
-    ]
-    assert all(map(any, zip(*kinds))) and all(10 < sum(kind) < 54 for kind in kinds)  # mirrored?
+    for kind in (pictures, pictures.flip(2)):  # some as they are, some mirrored, nothing else
+        back = [p for p in back if not any(torch.equal(p, q) for q in kind)]
+        assert len(back) < 50
+    assert not back
 
 
 # ==== THE PROGRAM ===============================================================================
@@ -481,9 +477,8 @@ def test_exif_rotation_is_undone_and_a_cat_file_crops_to_the_face():
     image = Image.new("RGB", (200, 100))
     image.paste((0, 250, 0), (90, 15, 150, 90))
     image.save("face.png")
-    Path("face.png.cat").write_text(
-        "9 110 60 130 60 120 75 100 50 100 25 105 45 135 45 140 25 140 50 "
-    )
+    points = "110 60 130 60 120 75 100 50 100 25 105 45 135 45 140 25 140 50"
+    Path("face.png.cat").write_text(f"9 {points} ")
     assert all(near(read("face.png")[y, x], (0, 250, 0)) for y in (1, 14) for x in (1, 14))
 
 
@@ -493,12 +488,8 @@ def test_bad_pictures_are_skipped_counted_and_named(capsys):
     for i in range(7):
         cd.draw_cat(random.Random(i), 64).save(deep / f"{i}.JPG")
     bad = {"half.jpg": (deep / "0.JPG").read_bytes()[:500], "empty.png": b"", "text.gif": b"no gif"}
-    bad |= {
-        "3.JPG.cat": b"",
-        "4.JPG.cat": b"9 1",
-        "5.JPG.cat": b"x",
-        "6.JPG.cat": b"9" + b" 5" * 18,
-    }
+    texts = b"", b"9 1", b"nine", b"9" + b" 5" * 18
+    bad |= {f"{i}.JPG.cat": text for i, text in enumerate(texts, 3)}
     bad |= {"._0.JPG": b"macOS leaves these", "notes.txt": b"stray"}  # not even counted
     for name, content in bad.items():
         (deep / name).write_bytes(content)
@@ -545,21 +536,21 @@ def trained(tmp_path_factory):
     return folder / "checkpoint.pt"
 
 
-def numbers_of(path):
-    state = torch.load(path, weights_only=True)
-    moments = [v for each in state["optimizer"]["state"].values() for v in each.values()]
-    return [*state["model"].values(), *state["ema"].values(), *moments]
-
-
-def test_stopped_and_resumed_is_bit_for_bit_the_run_that_was_not(trained):
+def test_stopped_and_resumed_is_bit_for_bit_the_run_that_was_not(trained, capsys):
     for steps in (3, 7):
         assert run("train", *SMALL, "--dropout", 0.2, "--steps", steps) == 0
-    whole, parts = numbers_of(trained), numbers_of("run/checkpoint.pt")
-    assert len(whole) > 100 and all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
-    state, (model, _, step) = torch.load(trained, weights_only=True), cd.load_checkpoint(trained)
-    for name, mean in model.state_dict().items():  # drawn with: the average, not the last weights
-        assert torch.equal(mean, state["ema"][name])
-    assert not torch.equal(mean, state["model"][name]) and step == 7 and not model.training
+    whole, parts = (torch.load(p, weights_only=True) for p in (trained, "run/checkpoint.pt"))
+    for name in ("model", "ema"):
+        assert all(torch.equal(whole[name][key], v) for key, v in parts[name].items())
+    for a, b in zip(whole["optimizer"]["state"].values(), parts["optimizer"]["state"].values()):
+        assert torch.equal(a["exp_avg"], b["exp_avg"]) and a["step"] == b["step"] == 7
+    model, _, step = cd.load_checkpoint(trained)  # the average, not the last weights
+    assert all(torch.equal(mean, whole["ema"][key]) for key, mean in model.state_dict().items())
+    assert not torch.equal(whole["ema"]["conv_in.weight"], whole["model"]["conv_in.weight"])
+    for other in ("--channels 16", "--seed 5", "--ema 0.5", "--min-snr 0"):  # not the same run
+        assert run("train", *SMALL, "--dropout", 0.2, "--steps", 9, *other.split()) == 2
+        error = capsys.readouterr().err
+        assert other.split()[0] in error and "--run" in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize("name, code", [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
@@ -577,8 +568,8 @@ def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(name, code, monkey
     assert run("train", *SMALL, "--steps", 5) == code
     assert "step 3" in capsys.readouterr().out and signal.getsignal(number) == before
     assert torch.load("run/checkpoint.pt", weights_only=True)["step"] == 3
-    assert run("train", *SMALL, "--steps", 5) == 0 and len(calls) == 5
-    assert run("train", *SMALL, "--steps", 5) == 0 and len(calls) == 5
+    for _ in range(2):  # to its end, and then there is nothing left to do
+        assert run("train", *SMALL, "--steps", 5) == 0 and len(calls) == 5
     assert "--steps" in capsys.readouterr().out
 
 
@@ -600,24 +591,11 @@ def test_a_full_disk_or_a_loss_without_a_number_keeps_the_old_checkpoint(monkeyp
     assert Path("run/checkpoint.pt").read_bytes() == old
 
 
-@pytest.mark.parametrize("option", ["--channels 16", "--seed 5", "--ema 0.5", "--min-snr 0"])
-def test_going_on_with_other_settings_is_refused(trained, option, capsys):
-    words = [*SMALL, "--dropout", 0.2, "--run", trained.parent, "--steps", 9, *option.split()]
-    assert run("train", *words) == 2
-    error = capsys.readouterr().err
-    assert option.split()[0] in error and "--run" in error and error.count("\n") == 1
-
-
-class Bomb:
-    def __reduce__(self):
-        return os.mkdir, ("code-was-run",)
-
-
 def test_damaged_checkpoints_are_refused_in_one_line(trained, capsys):
     good, state, path = trained.read_bytes(), torch.load(trained, weights_only=True), Path("bad.pt")
     at = good.index(b"/data/") + len(good) // 2  # in the middle of the weights
     files = [b"", b"hello", good[:-30], good[: at - 1] + bytes([good[at] ^ 4]) + good[at:]]
-    spoilt = [{**state, "bomb": Bomb()}, {**state, "ema": {}}, [1, 2]]
+    spoilt = [{**state, "code": os.getcwd}, {**state, "ema": {}}, [1, 2]]
     for key, value in (("mults", [64, 64]), ("channels", 16), ("size", "x")):
         spoilt.append({**state, "settings": {**state["settings"], key: value}})
     for bad in spoilt:
@@ -628,14 +606,7 @@ def test_damaged_checkpoints_are_refused_in_one_line(trained, capsys):
         assert run("sample", "--checkpoint", path) == 2
         error = capsys.readouterr().err
         assert "bad.pt" in error and error.count("\n") == 1
-    assert not Path("samples").exists() and not Path("code-was-run").exists()
-
-
-def test_a_different_picture_is_never_overwritten():
-    for colour in ("red", "red", "blue", "blue", "red"):
-        cd.save_new(Image.new("RGB", (4, 4), colour), Path("cat.png"), {})
-    assert sorted(os.listdir()) == ["cat-2.png", "cat.png"]
-    assert Image.open("cat.png").getpixel((0, 0)) == (255, 0, 0)
+    assert not Path("samples").exists()
 
 
 # ---- The two commands --------------------------------------------------------------------------
@@ -658,7 +629,7 @@ def test_the_two_commands_end_to_end(monkeypatch):
         assert run("sample", "-n", 1, *words) == 0 and Path(f"plots/{sampler}-0-0000.png").exists()
 
 
-def test_a_picture_can_be_made_again_from_its_own_text(trained):
+def test_a_picture_can_be_made_again_from_its_own_text_and_is_never_overwritten(trained):
     words = "--checkpoint", trained, "--steps", 4, "--seed", 5
     assert run("sample", *words, "-n", 3, "--out", "x/p") == 0
     assert run("sample", *words, "-n", 1, "--first", 2, "--out", "y/p") == 0
@@ -668,25 +639,20 @@ def test_a_picture_can_be_made_again_from_its_own_text(trained):
     again = cd.to_images(list(cd.sample(model, diffusion, 1, *how))[-1][2])[0].tobytes()
     for name in ("x/p-5-0002.png", "y/p-5-0002.png"):
         assert max(abs(a - b) for a, b in zip(again, Image.open(name).tobytes())) <= 1
-    assert made["step"] == step and sorted(os.listdir("y")) == ["p-5-0002.png", "p-5-grid.png"]
+    for colour in ("red", "red", "blue", "blue", "red"):
+        cd.save_new(Image.new("RGB", (4, 4), colour), Path("z/cat.png"), {})
+    assert sorted(os.listdir("z")) == ["cat-2.png", "cat.png"] and made["step"] == step == 7
 
 
-def test_the_weights_beside_the_program():
+def test_the_weights_beside_the_program_draw_from_three_lines_of_python():
+    """Those of the README, word for word; and to import the program does nothing."""
     path = HERE / "samples" / "catdiffusion.pt"
     state = torch.load(path, weights_only=True)
-    assert path.stat().st_size < 20e6 and not {"model", "optimizer"} & {*state}
-    assert "AFHQ" in state["about"] and "CC BY-NC 4.0" in state["about"] and state["log"]
-    model, diffusion, step = cd.load_checkpoint(path)
-    x0 = list(cd.sample(model, diffusion, 4, steps=4))[-1][2]
-    assert model.size == 64 and step > 1000 and 0.2 < x0.std() < 0.8
-
-
-def test_three_lines_of_python_draw_pictures():
-    """Those of the README, word for word; and to import the program does nothing."""
-    lines = re.search(
-        r"(    from catdiffusion .*\n(?:    .*\n)+)", (HERE / "README.md").read_text()
-    )
-    code = textwrap.dedent(lines[1]).replace('"samples/', f'"{HERE}/samples/')
+    assert path.stat().st_size < 20e6 and not {"model", "optimizer"} & {*state} and state["log"]
+    assert "AFHQ" in state["about"] and "CC BY-NC 4.0" in state["about"] and state["step"] > 1000
+    readme = (HERE / "README.md").read_text()
+    lines = re.search(r"(    from catdiffusion .*\n(?:    .*\n)+)", readme)[1]
+    code = textwrap.dedent(lines).replace('"samples/', f'"{HERE}/samples/')
     code = f"import catdiffusion, os; assert not os.listdir()\n{code}"
     environment = {**os.environ, "PYTHONPATH": str(HERE)}
     assert subprocess.check_output([sys.executable, "-B", "-c", code], env=environment) == b""
@@ -743,13 +709,6 @@ def test_odd_command_lines_get_one_line_and_write_nothing(words, capsys):
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and error.startswith("catdiffusion") and len(error) < 400
     assert not os.listdir()
-
-
-@pytest.mark.parametrize("command", ["train", "sample"])
-def test_every_option_has_help_with_its_default(command, capsys):
-    assert run(command, "--help") == 0
-    text = capsys.readouterr().out
-    assert len(re.findall(r"^  -", text, re.M)) - 1 == text.count("(default:") > 9
 
 
 # ---- The paper's own networks ------------------------------------------------------------------
@@ -870,12 +829,8 @@ sys.exit(cd.main())
 
 def test_many_processes_do_what_one_does():
     """torchrun's own port (29500) may be taken, and a host's name may lead nowhere."""
-    try:
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            socket.create_connection(server.getsockname(), timeout=5).close()
-            port = server.getsockname()[1]
-    except OSError as error:
-        pytest.skip(f"this machine has no loopback interface: {error}")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
     Path("team.py").write_text(TEAM)
     environment = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
     environment |= {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
