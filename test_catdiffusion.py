@@ -842,5 +842,5 @@ def test_many_processes_do_what_one_does():
         assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-5000:]
         lines = Path(name, "log.jsonl").read_text().splitlines()
         logs.append([json.loads(line)["loss"] for line in lines])
-    assert len(logs[0]) == 20 and logs[0] == pytest.approx(logs[1], abs=1e-4)
+    assert len(logs[0]) == 20 and logs[0] == pytest.approx(logs[1], abs=1e-3)
     assert max(logs[0]) > 1.05 * min(logs[0])
