@@ -12,10 +12,8 @@ import os
 import random
 import re
 import signal
-import socket
 import subprocess
 import sys
-import textwrap
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -185,15 +183,13 @@ def test_the_papers_coefficients_and_ddim_with_eta_1():
 # ones and zeros, and the variance at the end of the chain follows without drawing anything.
 
 
-def chain_std(d, chain, sampler, std):
-    """The exact standard deviation at the end of a chain for data N(0, std²)."""
-    (one, zero), variance = pixels(1, 0), 1.0
-    for t, t_next in zip(chain, [*chain[1:], None]):
-        abar = d.alphas_cumprod[t]
-        guess = abar.sqrt() * std**2 / (abar * std**2 + 1 - abar)
-        if t_next is None:  # the last guess is the picture
-            return guess.item() * variance**0.5
-        way, large = [*levels(t, t_next)], sampler == "ddpm-large"
+def walk(d, chain, sampler, std):
+    """abar, ideal guess for x_t = 1, and variance of x_t, at each level; for data N(0, std²)."""
+    (one, zero), variance, large = pixels(1, 0), 1.0, sampler == "ddpm-large"
+    for t, t_next in zip(chain, [*chain[1:], 0]):
+        abar, way = d.alphas_cumprod[t].item(), [*levels(t, t_next)]
+        guess = abar**0.5 * std**2 / (abar * std**2 + 1 - abar)
+        yield abar, guess, variance
         if sampler == "ddim":
             a, b = cd.ddim_step(d, guess * one, one, *way), zero
         else:
@@ -202,32 +198,27 @@ def chain_std(d, chain, sampler, std):
         variance = a.item() ** 2 * variance + b.item() ** 2
 
 
-def noise_left(d, chain, large):
-    """The noise in x_t along a chain if x0 is known, in units of what each level should have."""
-    (one, zero), variance, left = pixels(1, 0), 1.0, []
-    for way in zip(chain, chain[1:]):
-        t = [*levels(*way)]
-        a, b = (cd.ddpm_step(d, zero, x, *t, z, large) for x, z in ((one, zero), (zero, one)))
-        variance = a.item() ** 2 * variance + b.item() ** 2
-        left.append(variance / (1 - d.alphas_cumprod[way[1]].item()))
-    return left
+def chain_std(d, chain, sampler, std):
+    """The exact standard deviation of the last guess, which is the picture."""
+    *_, (_, guess, variance) = walk(d, chain, sampler, std)
+    return guess * variance**0.5
+
+
+def noise_left(d, chain, sampler):
+    """The noise in x_t if x0 is known to be 0, in units of what each level should have."""
+    return [v / (1 - abar) for abar, _, v in walk(d, chain, sampler, 0.0)][1:]
 
 
 def test_whole_chains_end_where_theory_says_and_large_breaks_in_50_steps():
     d, ends = cd.Diffusion(), {"ddpm-large": 0.9999, "ddpm": 0.9911, "ddim": 1.0}
     all_steps, few = cd.noise_levels(d, 1000), cd.noise_levels(d, 50)
     for n, chain in ((n, cd.noise_levels(d, n)) for n in (1, 2, 50, 333, 999, 1000)):
-        assert (
-            chain[0] == 999
-            and chain[-1] >= 0
-            and sorted({*chain})[::-1] == chain
-            and len(chain) == n
-        )
+        assert len(chain) == n and chain[0] == 999 and sorted({*chain})[::-1] == chain
     got = {name: chain_std(d, all_steps, name, 1.0) ** 2 for name in ends}
     assert got == pytest.approx(ends, abs=4e-3)
-    assert noise_left(d, few, large=False) == pytest.approx([1.0] * 49, abs=1e-4)
-    assert max(noise_left(d, few, large=True)) > 1.4  # half as much again as the network expects
-    assert noise_left(d, all_steps, large=True)[700] == pytest.approx(1.0, abs=0.01)
+    assert noise_left(d, few, "ddpm") == pytest.approx([1.0] * 49, abs=1e-4)
+    assert max(noise_left(d, few, "ddpm-large")) > 1.4  # half as much again as the network expects
+    assert noise_left(d, all_steps, "ddpm-large")[700] == pytest.approx(1.0, abs=0.01)
     d = cd.Diffusion(schedule="cosine")  # what DDIM leaves of a mean colour (64 px: std 14) in 50
     left = [chain_std(d, c, "ddim", 14) / 14 for c in (range(999, 0, -20), cd.noise_levels(d, 50))]
     assert left == pytest.approx([0.84, 0.94], abs=0.01)  # levels even in t, and ours
@@ -356,7 +347,7 @@ def step_of(model, optimizer, lr, batch):
     return nn.utils.parameters_to_vector(model.parameters()).detach() - before, loss
 
 
-def test_gradients_are_scaled_down_the_rate_rises_and_falls_and_the_average_warms_up():
+def test_steps_are_cut_or_skipped_the_rate_rises_and_falls_and_the_average_warms_up():
     model, big = small_unet(), torch.full((2, 3, 16, 16), 1e4)
     sgd = torch.optim.SGD(model.parameters(), lr=torch.tensor(0.0))
     change, _ = step_of(model, sgd, 1.0, (big, torch.tensor([1, 500]), big))
@@ -373,9 +364,6 @@ def test_gradients_are_scaled_down_the_rate_rises_and_falls_and_the_average_warm
         decay = min(0.9, (1 + n) / (10 + n))
         expected = decay * expected + (1 - decay) * n
         assert ema.model.weight.item() == pytest.approx(expected, rel=1e-4, abs=1e-4)
-
-
-def test_a_step_without_a_number_changes_nothing():
     model, (x0, t, eps) = small_unet(), cd.draw_batch(drawn(8), 4, 1000, 0, 0, CPU)
     adam = torch.optim.Adam(model.parameters(), lr=torch.tensor(0.0), fused=True)
     for factor, holds in ((1, True), (math.nan, False), (math.inf, False), (1, True)):
@@ -634,7 +622,7 @@ def test_what_comes_with_the_program():
     lines = re.search(r"(    from catdiffusion .*\n(?:    .*\n)+)", readme)[1]
     code = "import catdiffusion, os, sys; assert not os.listdir()\n"
     code += "assert not {'torch_xla', 'torchvision'} & set(sys.modules)\n"
-    code += textwrap.dedent(lines).replace('"samples/', f'"{HERE}/samples/')
+    code += lines.replace("    ", "").replace('"samples/', f'"{HERE}/samples/')
     environment = {**os.environ, "PYTHONPATH": str(HERE)}
     assert subprocess.check_output([sys.executable, "-B", "-c", code], env=environment) == b""
     assert os.listdir() == ["cat.png"] and Image.open("cat.png").size == (64, 64)
@@ -730,8 +718,7 @@ def test_a_folder_in_the_layout_of_diffusers_is_read(tmp_path, capsys):
 # over the loopback interface. Several processes must give the losses of one.
 
 
-TPU = """
-import sys, catdiffusion as cd, torch, torch_xla.debug.metrics as met
+TPU = """import sys, catdiffusion as cd, torch, torch_xla.debug.metrics as met
 words = "train --device tpu --size 16 --channels 8 --mults 1 2 --attention 8 --batch 4 --steps 8"
 seen, end_of_step, over_cores = [], cd.end_of_step, cd.over_cores
 def watch(device):
@@ -746,8 +733,7 @@ cd.end_of_step, cd.over_cores, cd.preview = watch, cut, lambda *a: {}
 assert cd.main(words.split()) == 0
 assert seen[-1] == seen[2] and seen[-1][0] <= 3, seen  # nothing compiled or fetched any more
 aten = {n for n in met.counter_names() if n.startswith("aten::")}  # what left the device
-assert aten <= {"aten::_local_scalar_dense"}, aten  # Adam looks at lr once, before the first step
-"""
+assert aten <= {"aten::_local_scalar_dense"}, aten  # Adam looks at lr once, before all steps"""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -776,14 +762,12 @@ sys.exit(cd.main())"""
 
 
 def test_many_processes_do_what_one_does():
-    """torchrun's own port (29500) may be taken, and a host's name may lead nowhere."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
+    """By a free port of the loopback interface, as a host's name may lead nowhere."""
     Path("team.py").write_text(TEAM)
     environment = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
     environment |= {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
-    launch += [f"--master-port={port}", "--"]
+    launch = [sys.executable, *"-m torch.distributed.run --standalone --nproc-per-node=2".split()]
+    launch += ["--local-addr=127.0.0.1", "--"]
     words, logs = ["team.py", "train", *SMALL, "--lr", "0.5", "--steps", "20", "--run"], []
     for name, how in (("a", [sys.executable]), ("b", launch)):
         done = subprocess.run([*how, *words, name], env=environment, capture_output=True, text=True)
