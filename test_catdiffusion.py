@@ -268,7 +268,8 @@ def test_samplers_make_the_calls_asked_for_and_picture_i_is_always_the_same(samp
     ideal, model, calls = Ideal(d), small_unet().eval(), min(steps, 6)
     seen = list(cd.sample(ideal, d, 2, sampler, steps))
     assert [[t, t] for t, _, _ in seen] == ideal.asked and len(seen) == steps and seen[0][0] == 999
-    assert all(x_t.shape == x0.shape == (2, 3, 4, 4) and x0.abs().max() <= 1 for _, x_t, x0 in seen)
+    assert all(x_t.shape == x0.shape == (2, 3, 4, 4) for _, x_t, x0 in seen)
+    assert all(x0.abs().max() <= 1 for _, _, x0 in cd.sample(model, d, 4, sampler, calls))
     (_, x_t, x0), now = seen[-1], torch.tensor([seen[-1][0]] * 2)  # no noise after the last call
     torch.testing.assert_close(x0, d.x0_from(ideal(x_t, now), x_t, now).clamp(-1, 1))
     parts = [list(cd.sample(model, d, n, sampler, calls, 3, i))[-1][2] for n, i in ((1, 0), (3, 1))]
@@ -379,10 +380,9 @@ def test_a_batch_is_a_function_of_seed_and_step_and_twenty_cats_are_learned_by_h
     assert not (x0 == other[0]).all() and not (eps == other[2]).all()
     assert (t * 4 // 1000).bincount().tolist() == [16] * 4  # spread evenly
     back = ((x0 + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
-    for kind in (pictures, pictures.flip(2)):  # some as they are, some mirrored, nothing else
-        back = [p for p in back if not any(torch.equal(p, q) for q in kind)]
-        assert len(back) < 50
-    assert not back
+    other = [p for p in back if not any(torch.equal(p, q) for q in pictures)]
+    assert 10 < len(other) < 54  # some are as they were, and the others mirrored
+    assert all(any(torch.equal(p, q) for q in pictures.flip(2)) for p in other)
     model, d = small_unet(), cd.Diffusion(schedule="cosine", prediction="v", min_snr=5.0).to(CPU)
     adam, pictures, losses = torch.optim.Adam(model.parameters(), torch.tensor(0.0)), drawn(20), []
     for step in range(80):
