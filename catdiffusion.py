@@ -321,7 +321,7 @@ def sample(model, diffusion, n=8, sampler="dpm", steps=25, seed=0, first=0, star
         else:
             x_t = ddim_step(diffusion, x0, x_t, t, t_next)
         x0_prev, t_prev = x0, t
-        end_of_step(device)
+        end_of_step(device)  # for TPUs, see the machine room
 
 
 # ---- Network -----------------------------------------------------------------------------------
@@ -363,7 +363,7 @@ class ResBlock(nn.Module):
         self.norm1, self.conv1 = norm(c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
         self.time = nn.Linear(c_time, c_out)  # one number to add to each map
         self.norm2, self.conv2 = norm(c_out), nn.Conv2d(c_out, c_out, 3, padding=1)
-        self.dropout = nn.Dropout(dropout)  # at random, so that it cannot memorise
+        self.dropout = nn.Dropout(dropout)  # drops features: less is learned by heart
         self.shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
         self.attention = Attention(c_out) if attention else nn.Identity()
 
@@ -474,7 +474,7 @@ class UNet(nn.Module):
 # better pictures, and costs one multiply-add a weight. The paper's decay of 0.9999 remembers some
 # 10,000 steps, though, and early on that would be mostly the random start: sampling from such an
 # average gives noise, and a good many people have taken that for a bug in their sampler. NOTE so
-# ours grows with the run: after n steps it remembers about the last n/9.
+# the memory of ours grows with the run: after n steps it is about n/9 steps long.
 
 
 class EMA:
@@ -500,6 +500,7 @@ class EMA:
 # threads. From then on that file is mapped into memory, where the system keeps what is in use: a
 # million pictures need no more memory than a thousand. A batch is one indexing operation, and no
 # worker process is ever needed.
+
 SUFFIXES = ".jpg .jpeg .png .webp .bmp .gif".split()
 
 
@@ -551,9 +552,9 @@ def load_pictures(folders, size, run):
 
 def find_pictures(folders):
     """All picture files below `folders`, once each, without hidden ones (macOS' ._cat.jpg)."""
-    found = set()  # each file once, also if two folders overlap
+    found = set()
     for folder in map(Path, folders):
-        names = map(Path, glob.glob("**", root_dir=folder, recursive=True))  # no hidden ones
+        names = map(Path, glob.glob("**", root_dir=folder, recursive=True))  # glob passes over them
         files = {folder.absolute() / name for name in names if name.suffix.lower() in SUFFIXES}
         require(files, f"{folder}: no such folder, or no {' '.join(SUFFIXES)} file in it")
         found |= {file for file in files if file.is_file()}  # no folder named cat.jpg
@@ -581,10 +582,7 @@ def decode_pictures(paths, size):
 
 
 def read_picture(path, size):
-    """One file -> the bytes of (size, size, 3), upright, RGB, on white where it is transparent.
-
-    Raises whatever Pillow raises on a damaged file.
-    """
+    """One file -> bytes of (size, size, 3), upright, white behind it. Raises as Pillow does."""
     with Image.open(path, formats=("JPEG", "PNG", "WEBP", "BMP", "GIF")) as image:
         require(image.mode[0] != "I", "grey of 16 bit, which would come out white")
         if os.path.exists(f"{path}.cat"):
@@ -593,7 +591,7 @@ def read_picture(path, size):
         image.draft(None, [math.ceil(side * size / min(image.size)) for side in image.size])
         with contextlib.suppress(Exception):  # damaged EXIF data does not cost the picture
             ImageOps.exif_transpose(image, in_place=True)
-        image = ImageOps.fit(image.convert("RGBA"), (size, size), Image.LANCZOS)
+        image = ImageOps.fit(image.convert("RGBA"), (size, size), Image.LANCZOS)  # cuts, shrinks
         white = Image.new("RGBA", (size, size), "white")  # shows where the picture is transparent
         return Image.alpha_composite(white, image).convert("RGB").tobytes()
 
@@ -606,7 +604,7 @@ def face_box(path, width, height):
     """
     nine, *points = map(int, Path(f"{path}.cat").read_text().split())
     xs, ys = points[0::2], points[1::2]  # in pixels of the picture
-    w, h = max(xs) - min(xs), max(ys) - min(ys)
+    w, h = max(xs) - min(xs), max(ys) - min(ys)  # of the face
     require(nine == 9 and len(points) == 18 and min(w, h) > 8, f"{path.name}.cat marks no face")
     side = min(1.25 * max(w, h), width, height)  # a little more than the points, but inside
     left = min(max((min(xs) + max(xs) - side) / 2, 0), width - side)
@@ -749,7 +747,7 @@ def preview(s, run, pictures):
     reconstruct(run.ema.model, run.diffusion, data[:1]).save(f"{s.run}/reconstruction.png")
     for name, x in (("sample", x0), ("data", data)):
         run.log[-1] |= {f"{name}_mean": x.mean().item(), f"{name}_std": x.std().item()}
-    draw_curve([record["loss"] for record in run.log], f"{s.run}/loss.png")
+    draw_curve([record["loss"] for record in run.log if "loss" in record], f"{s.run}/loss.png")
 
 
 def reconstruct(model, diffusion, x0):
@@ -975,6 +973,7 @@ def show(text, passing=False):
 # times and gives each its number, RANK. Each has the whole network and does its part of every
 # batch, and DistributedDataParallel averages their gradients, so that all take the same step.
 # Number 0 alone decodes, saves and prints. In one process, and in `sample`, none of this matters.
+
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # how many processes
 RANK = int(os.environ.get("RANK", 0))  # which of them this is
 
@@ -1070,8 +1069,8 @@ def note_signals():
     """Inside, Ctrl-C, SIGTERM and a closed terminal do not kill: their number goes into a list."""
     noted = []  # empty: nobody has asked to stop
     with contextlib.ExitStack() as afterwards:
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            number = getattr(signal, name, signal.SIGTERM)  # Windows has no SIGHUP
+        for name in {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal)):  # Windows has no SIGHUP
+            number = getattr(signal, name)
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup has it ignored
                 old = signal.signal(number, lambda number, _: noted.append(number))
                 afterwards.callback(signal.signal, number, old)
@@ -1288,7 +1287,7 @@ class CPUGroupNorm(torch.autograd.Function):
         columns = (v.permute(0, 2, 3, 1).sum(2) for v in (dy, dy * x))
         db, dw = (v.sum(1, dtype=torch.float32).view(shape) for v in columns)  # Σ ∂y, Σ ∂y·x
         dw = (dw - mean * db) * rstd  # Σ ∂y·x̂
-        c1 = rstd * weight
+        c1 = rstd * weight  # c₁, c₂, c₃: (B, groups, C / groups)
         c2 = -rstd * rstd * (weight * dw).sum(2, keepdim=True) / n
         c3 = -rstd * (weight * db).sum(2, keepdim=True) / n - c2 * mean
         c1, c2, c3 = (v.expand(shape).reshape(*x.shape[:2], 1, 1).to(x.dtype) for v in (c1, c2, c3))

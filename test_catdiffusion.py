@@ -582,6 +582,10 @@ def test_the_two_commands_end_to_end(monkeypatch):
     assert 0 < records[1]["sample_std"] < 1 and abs(records[1]["data_mean"]) < 1
     assert Image.open("run/previews/000030.png").size == (4 * 18 + 2, 4 * 18 + 2)
     assert Image.open("run/progress.gif").n_frames == 2 and Path("run/loss.png").exists()
+    state = torch.load("run/checkpoint.pt", weights_only=True)  # as older versions kept their log:
+    state["log"].insert(1, {"step": 30, "sample_mean": 0.1})  # previews by themselves
+    torch.save(state, "run/checkpoint.pt")
+    assert run("train", *SMALL, "--steps", 31) == 0
     assert run("sample", "-n", 3, "--steps", 4, "--batch", 2, "--gif") == 0
     names = {f"cat-0{x}" for x in ("-0000.png", "-0001.png", "-0002.png", "-grid.png", ".gif")}
     assert set(os.listdir("samples")) == names and Image.open("samples/cat-0.gif").n_frames == 4
