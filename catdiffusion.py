@@ -31,7 +31,7 @@ Notation, the paper's own (the paper counts t from 1 to T; the code, as code doe
     sigma   σ_t       √(1−ᾱ_t)/√ᾱ_t: the noise in x_t, in units of the picture in it
 
 A NOTE marks where the program departs from the paper, and says why. The paper's own objective and
-sampler: `train --prediction eps --schedule linear --min-snr 0`, and `sample --sampler ddpm`.
+sampler: `train --prediction eps --schedule linear --even 1`, and `sample --sampler ddpm`.
 
 What it reaches: cats beyond doubt at 64 px after 20 minutes on two CPU cores (see the README).
 """
@@ -49,7 +49,6 @@ import re
 import signal
 import sys
 import time
-import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -84,12 +83,12 @@ class Diffusion:
     """The noise schedule and the formulas. t is (B,), pictures are (B, 3, H, W).
 
     timesteps: T. schedule: "linear" or "cosine". prediction: what the network is asked for, "eps"
-    or "v", see `target`. min_snr: see `weight`. The defaults are the paper's. The tables are
-    float64 and on the CPU; `to(device)` moves them there, as float32.
+    or "v", see `target`. The defaults are the paper's. The tables are float64 and on the CPU;
+    `to(device)` moves them there, as float32.
     """
 
-    def __init__(self, timesteps=1000, schedule="linear", prediction="eps", min_snr=0.0):
-        self.timesteps, self.prediction, self.min_snr = timesteps, prediction, min_snr
+    def __init__(self, timesteps=1000, schedule="linear", prediction="eps"):
+        self.timesteps, self.prediction = timesteps, prediction
         if schedule == "linear":  # Section 4: from almost no noise a step to 2 % a step
             betas = torch.linspace(1e-4, 0.02, timesteps, dtype=torch.float64)
         else:
@@ -162,38 +161,37 @@ class Diffusion:
             return self.predict_x0(x_t, t, output)
         return at(self.signal_rate, t) * x_t - at(self.noise_rate, t) * output
 
-    def weight(self, t):
-        """How much the error at t counts, (B, 1, 1, 1). The paper: all alike.
-
-        NOTE then the network is mostly busy with the faintest noise, which hardly matters to the
-        eye. Min-SNR (Hang et al. 2023, arXiv:2303.09556) counts the squared error of x₀ times the
-        signal-to-noise ratio, but at most times min_snr. What the loss has is the error of ε or v,
-        ᾱ/(1−ᾱ) or 1/(1−ᾱ) times as large as that of x₀ (see above): so we divide by that first.
-        """
-        snr = at(self.sigmas, t) ** -2  # ᾱ/(1−ᾱ)
-        per_x0 = snr if self.prediction == "eps" else snr + 1
-        return snr.clamp(max=self.min_snr) / per_x0 if self.min_snr else torch.ones_like(snr)
-
     def loss(self, model, x0, t, eps):
-        """Mean squared error of the guess; with the paper's settings (ε − ε_θ(x_t, t))² (Eq. 14)"""
+        """Mean squared error of the answer; if asked for ε, that is (ε − ε_θ(x_t, t))²  (Eq. 14)"""
         output = model(self.q_sample(x0, t, eps), t)  # (B, 3, H, W)
-        return (self.weight(t) * (output - self.target(x0, t, eps)).square()).mean()
+        return F.mse_loss(output, self.target(x0, t, eps))
 
 
 # ---- Learning ----------------------------------------------------------------------------------
 # Algorithm 1 of the paper. Again and again: take pictures x₀ from the data, a noise level t for
-# each, all levels equally often, and noise ε; make x_t; let the network guess; and take a step down
-# the gradient of the squared error. `draw_batch` (in the program) takes x₀, t and ε. `model` maps
-# x_t and t to a guess shaped like x_t; ours comes after the next part, and until then it does not
-# matter what is inside. (`autocast`, here and below, is about speed: see the machine room.)
+# each, and noise ε; make x_t; let the network guess; and take a step down the gradient of the
+# squared error. `draw_batch` (in the program) takes x₀, t and ε. `model` maps x_t and t to a guess
+# shaped like x_t; ours comes after the next part, and until then it does not matter what is inside.
+# (`autocast`, here and below, is about speed: see the machine room.)
+
+
+def choose_t(u, timesteps, even):
+    """Numbers u in [0, 1) -> noise levels t, both (B,). For u < even, all are as likely.
+
+    NOTE that is the paper's way. But a trace of noise is soon told from a cat, and where all is
+    noise there is little to see. So for the other u ours asks with chances like sin(πt/T), most
+    often where there is as much noise as picture (Karras et al. 2022 and Esser et al. 2024,
+    arXiv:2403.03206, do so in other ways); the even ones keep up the ends: grain and brightness.
+    """
+    middle = torch.acos(1 - 2 * (u - even) / (1 - even)) / math.pi  # inverts the integral of sin
+    return (torch.where(u < even, u / even, middle) * timesteps).long()
 
 
 def train_step(model, diffusion, optimizer, lr, batch, accum=1):
     """One round of Algorithm 1 on `batch`, which is x0 (B, 3, H, W), t (B,) and eps like x0.
 
     accum: into how many parts the batch is cut, to save memory. lr, and the loss that is returned,
-    are scalars on the device: to look at them here would mean to wait for it. The loss is NaN if
-    the step was skipped.
+    NaN if the step was skipped, are scalars on the device: to look at them would mean to wait.
     """
     total = 0.0
     for x0, t, eps in zip(*(tensor.chunk(accum) for tensor in batch)):
@@ -212,6 +210,41 @@ def train_step(model, diffusion, optimizer, lr, batch, accum=1):
     optimizer.step()
     optimizer.zero_grad()
     return torch.where(finite, total, math.nan)
+
+
+class Muon(torch.optim.Adam):
+    """Adam, except that a layer's step turns all directions alike (Jordan et al. 2024, "Muon").
+
+    NOTE the paper's Adam gives each weight a step of its own size. But a layer is a matrix, and so
+    is its gradient, here the mean of the last ones: with a few large singular values, for what all
+    pictures have in common, and many small ones, for what tells them apart. Ours makes them all 1,
+    and both are learned at once. Single numbers a map, and the last layer, stay Adam's. (torch's
+    Muon takes matrices only; ours takes a convolution for one, too.)
+    """
+
+    @torch.no_grad()
+    def step(self):
+        layers = [p for p in self.param_groups[0]["params"] if p.dim() > 1 and len(p) > 3]
+        before = [p.clone() for p in layers]
+        super().step()
+        for p, old in zip(layers, before):
+            with autocast(p.device):  # "exp_avg": Adam's mean of the last gradients
+                step = orthogonal(p.grad.lerp(self.state[p]["exp_avg"], 0.95).flatten(1))
+            lr = self.param_groups[0]["lr"] * 0.2 * max(step.shape) ** 0.5  # about as far as Adam
+            p.copy_(old - lr * step.view_as(p))
+
+
+def orthogonal(m):
+    """The matrix m with all singular values s made about 1 (0.7 to 1.2; the tiniest less).
+
+    Each round turns s into 3.4445·s − 4.775·s³ + 2.0315·s⁵, which lifts small ones and keeps large
+    ones near 1; and no s need be known for it, as s³ is m·mᵀ·m, and so on.
+    """
+    m = m / (m.norm() + 1e-7)  # now none is above 1
+    for _ in range(5):
+        square = m @ m.T
+        m = 3.4445 * m + (2.0315 * square @ square - 4.775 * square) @ m
+    return m
 
 
 # ---- Drawing -----------------------------------------------------------------------------------
@@ -271,15 +304,14 @@ def noise_levels(diffusion, steps):
     """The t that a drawing of `steps` network calls visits: T-1 first, then ever lower.
 
     NOTE most programs take every T/steps-th t. Ours, after the first, are even in the logarithm of
-    sigma: it falls by the same factor each time, from about 80 to 0.01 (like Karras et al. 2022,
-    arXiv:2206.00364). Steps even in t spend few calls at the ends, where the colours and the grain
-    are decided: on the cosine schedule, of 50 levels, 2 are above t = 970 and 1 is below 30. Of
-    ours it is 7 and 10. DDIM, which loses contrast in large steps, loses less of it so.
+    sigma: it falls by the same factor each time (like Karras et al. 2022, arXiv:2206.00364), from
+    200, where not even the brightness of the picture, a mean of thousands of values, is to be seen,
+    to 0.01. Steps even in t spend few calls at the ends, and lose contrast there.
     """
     log_sigmas = diffusion.sigmas.cpu().double().log()  # (T,), rising
     levels = [diffusion.timesteps - 1]  # pure noise
     for k in range(1, steps):
-        wanted = math.log(80) + k / (steps - 1) * math.log(0.01 / 80)  # down to 0.01
+        wanted = math.log(200) + k / (steps - 1) * math.log(0.01 / 200)  # down to 0.01
         t = (log_sigmas - wanted).abs().argmin().item()
         levels.append(max(min(t, levels[-1] - 1), steps - 1 - k))  # never the same t twice
     return levels
@@ -339,9 +371,8 @@ def time_embedding(t, channels):
 
     A network reads one number in the hundreds badly, and many numbers in [-1, 1] well.
     """
-    half = channels // 2
-    exponents = torch.arange(half, dtype=torch.float32, device=t.device) / (half - 1)
-    angles = t.float()[:, None] * torch.exp(-math.log(10000) * exponents)  # (B, half)
+    exponents = torch.linspace(0, 1, channels // 2, device=t.device)
+    angles = t.float()[:, None] * torch.exp(-math.log(10000) * exponents)  # (B, channels / 2)
     return torch.cat([angles.sin(), angles.cos()], 1)
 
 
@@ -495,32 +526,30 @@ class EMA:
 
 # ---- Pictures to learn from --------------------------------------------------------------------
 # Pictures come in all shapes and states. We find them, cut out a square (never squash one: a
-# squashed cat teaches squashed cats), shrink it, and write all of them to one file of plain bytes
-# in the run's folder: at 64 px, 12 KB a picture, 120 MB for 10,000. Decoding happens once, in
-# threads. From then on that file is mapped into memory, where the system keeps what is in use: a
-# million pictures need no more memory than a thousand. A batch is one indexing operation, and no
-# worker process is ever needed.
+# squashed cat teaches squashed cats), shrink it, and write all to one file of plain bytes in the
+# run's folder: at 64 px, 12 KB a picture. Decoding happens once, in threads. From then on that file
+# is mapped into memory, where the system keeps what is in use: a million pictures need no more than
+# a thousand. A batch is one indexing operation, and no worker process is ever needed.
 
 SUFFIXES = ".jpg .jpeg .png .webp .bmp .gif".split()
 
 
-def draw_batch(pictures, batch, timesteps, seed, step, device):
-    """Everything random in one training step, as a function of (seed, step) and nothing else.
+def draw_batch(s, pictures, timesteps, step, device):
+    """Everything random in one training step, as a function of (s.seed, step) and nothing else.
 
     So a run that was stopped and started again gives the same result as one that never was.
     pictures: uint8 (N, H, W, 3). Returns x0 (B, 3, H, W) in [-1, 1], t (B,), and eps like x0.
     """
-    set_seed(device, seed, step)
-    index, flip = torch.randint(len(pictures), (batch,)), torch.rand(batch) < 0.5  # mirrored?
-    # NOTE the paper draws each t by itself. We draw one and spread the batch evenly over all t from
-    # there: each t is as likely as before, but no batch is all noise or all picture (Kingma et al.
-    # 2021, arXiv:2107.00630, appendix I).
-    t = ((torch.rand(1) + torch.arange(batch)) / batch * timesteps).long() % timesteps
-    eps = torch.randn(batch, 3, *pictures.shape[1:3], device=device)  # drawn where it is used
+    set_seed(device, s.seed, step)
+    index, flip = torch.randint(len(pictures), (s.batch,)), torch.rand(s.batch) < 0.5  # mirrored?
+    # NOTE the paper draws each t by itself. We spread a batch evenly from one random number: each t
+    # is as likely as before, but no batch is all noise (Kingma et al. 2021, arXiv:2107.00630).
+    t = choose_t((torch.rand(1) + torch.arange(s.batch)) / s.batch % 1, timesteps, s.even)
+    eps = torch.randn(s.batch, 3, *pictures.shape[1:3], device=device)  # drawn where it is used
     index, flip, t, eps = (tensor[RANK::WORLD_SIZE] for tensor in (index, flip, t, eps))
     x0 = pictures[index].to(device)  # (B, H, W, 3), uint8
     x0 = torch.where(flip.to(device)[:, None, None, None], x0.flip(2), x0)
-    set_seed(device, seed, step, RANK)  # from here on, what dropout draws
+    set_seed(device, s.seed, step, RANK)  # from here on, what dropout draws
     return over_cores(as_floats(x0), t.to(device), eps)
 
 
@@ -532,8 +561,8 @@ def as_floats(pictures):
 def load_pictures(folders, size, run):
     """Every picture below `folders`, or drawn cats if there are none: uint8 (N, size, size, 3).
 
-    They are in a file in the folder `run`, of which only what is looked at is loaded. Its name is
-    made from names, lengths and times of all pictures: what changes is decoded anew.
+    They are in a file in the folder `run`, whose name is made from names, lengths and times of all
+    pictures: what changes is decoded anew.
     """
     paths = [path for path in find_pictures(folders) if Path(run).absolute() not in path.parents]
     files = [Path(f"{path}{end}") for path in paths for end in ("", ".cat")]
@@ -589,9 +618,8 @@ def read_picture(path, size):
             image = image.crop(face_box(path, *image.size))
         # A JPEG can be decoded at 1/2, 1/4 or 1/8 of its size, for a fraction of the time.
         image.draft(None, [math.ceil(side * size / min(image.size)) for side in image.size])
-        with contextlib.suppress(Exception):  # damaged EXIF data does not cost the picture
-            ImageOps.exif_transpose(image, in_place=True)
-        image = ImageOps.fit(image.convert("RGBA"), (size, size), Image.LANCZOS)  # cuts, shrinks
+        image = ImageOps.exif_transpose(image).convert("RGBA")  # upright
+        image = ImageOps.fit(image, (size, size), Image.LANCZOS)  # cuts, shrinks
         white = Image.new("RGBA", (size, size), "white")  # shows where the picture is transparent
         return Image.alpha_composite(white, image).convert("RGB").tobytes()
 
@@ -632,10 +660,9 @@ def draw_cat(rng, size):
 
 
 # ---- Train -------------------------------------------------------------------------------------
-# The loop is what Algorithm 1 says: `draw_batch`, `train_step`, and the average on top. What stands
-# around it keeps the work safe and tells how far it is. As a batch follows from its number, all
-# there is to a run are the network, the average, the optimiser and the number of steps made. One
-# file holds them, and a run that was stopped goes on as if it never had been.
+# The loop is what Algorithm 1 says: `draw_batch`, `train_step`, and the average on top. As a batch
+# follows from its number, all there is to a run are the network, the average, the optimiser and the
+# number of steps made. One file holds them, and a run that was stopped goes on as if it never was.
 
 REPORT = 50  # steps between two status lines
 
@@ -652,7 +679,7 @@ def train(s):
     due = since + 60 * min(1, s.every)  # the first preview, after a minute
     with note_signals() as signals:  # so that a step is always finished
         while run.step < s.steps and not sum_over_processes(torch.tensor(len(signals))):
-            batch = draw_batch(pictures, s.batch, run.diffusion.timesteps, s.seed, run.step, device)
+            batch = draw_batch(s, pictures, run.diffusion.timesteps, run.step, device)
             lr = torch.tensor(learning_rate(s, run.step)).to(device)  # a tensor, see prepare
             losses.append(train_step(parallel, run.diffusion, run.optimizer, lr, batch, s.accum))
             run.ema.update(run.model, run.step)
@@ -683,16 +710,16 @@ def prepare(s, device):
     model, diffusion = build(s, device)
     run = argparse.Namespace(model=model, diffusion=diffusion, step=0, seconds=0.0, log=[])
     run.ema = EMA(model, s.ema)  # starts as a copy
-    # Adam (the paper, appendix B), its update as one kernel where torch has one. On a TPU the
-    # step counter must be a tensor, too: a number would be compiled into the program.
+    # Adam's update is one kernel where torch has one (fused). On a TPU the step counter must be a
+    # tensor, too (capturable): a number would be compiled into the program.
     lr, xla = torch.tensor(0.0, device=device), device.type == "xla"
-    run.optimizer = torch.optim.Adam(model.parameters(), lr, capturable=xla, fused=not xla)
+    run.optimizer = Muon(model.parameters(), lr, betas=(0.95, 0.999), capturable=xla, fused=not xla)
     path = Path(s.run, "checkpoint.pt")
     if path.exists():
         with open_checkpoint(path) as saved:
             # A run may go on elsewhere and faster or slower, but otherwise as it began.
             for name in sorted(set(vars(s)) - {"run", "steps", "every", "device", "accum", "lr"}):
-                old, flag = saved["settings"][name], "--" + name.replace("_", "-")
+                old, flag = saved["settings"].get(name), "--" + name.replace("_", "-")
                 told = f"{path} was made with {flag} {old}; give that, too, or another --run"
                 require(old == vars(s)[name], told)
             run.model.load_state_dict(saved["model"])
@@ -719,13 +746,12 @@ def report(s, run, losses, seconds):
 
     Only here the losses are fetched from the device. Raises Failure if none of them is a number.
     """
-    values = sum_over_processes(torch.stack(losses)) / WORLD_SIZE  # the mean over all of them
-    numbers = [value for value in values.tolist() if math.isfinite(value)]
-    require(numbers, f"no loss was a number; go on from {s.run}/checkpoint.pt with a smaller --lr")
-    loss, speed = sum(numbers) / len(numbers), len(losses) / seconds  # steps a second
+    values = sum_over_processes(torch.stack(losses)).cpu() / WORLD_SIZE  # their mean
+    loss, speed = values.nanmean().item(), len(losses) / seconds  # NaN: a skipped step
+    require(math.isfinite(loss), f"no loss is a number; go on with {s.run} and a smaller --lr")
     run.seconds += seconds  # of training, in all runs together
-    minutes, skipped = run.seconds / 60, len(losses) - len(numbers)
-    run.log.append({"step": run.step, "minutes": minutes, "loss": loss, "skipped": skipped})
+    record = {"step": run.step, "minutes": run.seconds / 60, "loss": loss}
+    run.log.append(record | {"skipped": values.isnan().sum().item()})
     text = f"{run.step / s.steps:4.0%}  step {run.step}  loss {loss:.4f}  {speed * s.batch:.0f}"
     show(f"{text} pictures/s  {(s.steps - run.step) / speed / 60:.0f} min left")
 
@@ -733,21 +759,18 @@ def report(s, run, losses, seconds):
 def preview(s, run, pictures):
     """Draw the same 16 pictures each time, and save what shows how far the network has come:
 
-    previews/STEP.png, all of those as a film, progress.gif, reconstruction.png, and the loss so far
-    as a curve. Mean and spread of the samples go to the log, beside the data's: tinted or grey ones
-    show there before the eye sees them.
+    previews/STEP.png, their film progress.gif, and reconstruction.png. Mean and spread of samples
+    and data go to the log: tinted or grey ones show there before the eye sees them.
     """
     x0 = [x0 for _, _, x0 in sample(run.ema.model, run.diffusion, 16)][-1]  # the last guesses
-    folder = Path(s.run, "previews")
-    with whole_file(folder / f"{run.step:06}.png") as file:
+    with whole_file(Path(s.run, "previews", f"{run.step:06}.png")) as file:
         make_grid(x0).save(file, "PNG")
-    frames = [Image.open(file) for file in sorted(folder.glob("*.png"))[-100:]]
+    frames = [Image.open(file) for file in sorted(Path(s.run).glob("previews/*.png"))[-100:]]
     save_film(frames, f"{s.run}/progress.gif", 200)
     data = as_floats(pictures[:: len(pictures) // 500 + 1]).to(x0.device)  # some 500 of them
     reconstruct(run.ema.model, run.diffusion, data[:1]).save(f"{s.run}/reconstruction.png")
     for name, x in (("sample", x0), ("data", data)):
         run.log[-1] |= {f"{name}_mean": x.mean().item(), f"{name}_std": x.std().item()}
-    draw_curve([record["loss"] for record in run.log if "loss" in record], f"{s.run}/loss.png")
 
 
 def reconstruct(model, diffusion, x0):
@@ -767,8 +790,8 @@ def reconstruct(model, diffusion, x0):
 
 
 # ---- Sample ------------------------------------------------------------------------------------
-# The other command. The checkpoint knows its network, so nothing has to be said twice. Without a
-# judge, every batch is written as soon as it is drawn; each PNG says in its text how it was made.
+# The other command. The checkpoint knows its network, so nothing has to be said twice. Each PNG
+# says in its text how it was made.
 
 
 def draw_samples(s):
@@ -783,9 +806,9 @@ def draw_samples(s):
     is_folder = s.out.endswith("/") or Path(s.out).is_dir()
     stem = f"{s.out}/cat-{s.seed}" if is_folder else f"{s.out}-{s.seed}"
 
-    def write(x, numbers, scores):
-        for image, number, score in zip(to_images(x), numbers, scores):
-            about = vars(s) | {"step": step, "calls": calls, "number": number, "score": score}
+    def write(x, numbers):
+        for image, number in zip(to_images(x), numbers):
+            about = vars(s) | {"step": step, "calls": calls, "number": number}
             save_new(image, Path(f"{stem}-{number:04}.png"), about)
 
     drawn, frames, begun = [], [], time.perf_counter()  # frames: of the GIF
@@ -798,13 +821,13 @@ def draw_samples(s):
                 frames.append(make_grid(torch.cat([x_t, x0], 3)))  # noisy, and the guess
         drawn.append(x0.cpu())
         if not judge:  # nobody chooses: write them at once
-            write(x0, some, [None] * len(some))
+            write(x0, some)
     drawn = torch.cat(drawn)
     if judge:
         chances = torch.cat([judge(part / 2 + 0.5) for part in drawn.split(64)])
-        scores, best = chances[:, s.classes].sum(1).topk(s.n)  # how surely a cat
-        drawn, numbers = drawn[best], [numbers[i] for i in best]
-        write(drawn, numbers, scores.tolist())
+        best = chances[:, 281:286].sum(1).topk(s.n).indices  # ImageNet's cats
+        drawn = drawn[best]
+        write(drawn, [numbers[i] for i in best])
     save_new(make_grid(drawn[:400]), Path(f"{stem}-grid.png"), vars(s))  # a sheet of up to 400
     if training:
         save_new(beside_nearest(drawn[:400], training), Path(f"{stem}-nearest.png"), vars(s))
@@ -817,8 +840,8 @@ def draw_samples(s):
 def make_judge():
     """A function: pictures (B, 3, H, W) in [0, 1] -> what they show, chances of 1000 classes.
 
-    The judge is torchvision's MobileNetV3 (Howard et al. 2019, arXiv:1905.02244), trained on the
-    photos of ImageNet. Its weights (22 MB) are downloaded once. Raises Failure if they cannot be.
+    The judge is torchvision's MobileNetV3 (Howard et al. 2019, arXiv:1905.02244), trained on
+    ImageNet. Its weights (22 MB) are downloaded once. Raises Failure if they cannot be.
     """
     from torchvision.models import MobileNet_V3_Large_Weights, mobilenet_v3_large
 
@@ -834,8 +857,8 @@ def make_judge():
 def beside_nearest(x, paths):
     """A sheet of pairs: each picture of x (M, 3, H, W), and the nearest of those in the files.
 
-    Has the network learned cats, or learned these cats by heart? The distance is Euclid's, over all
-    pixels, from x or from its mirror image, for training shows both.
+    Has the network learned cats, or these by heart? The distance is Euclid's, over all pixels, from
+    x or from its mirror image, for training shows both.
     """
     size, both = x.shape[-1], torch.cat([x, x.flip(3)]).flatten(1)  # (2M, 3·H·W)
     raw = bytearray().join(decode_pictures(paths, size))
@@ -846,9 +869,8 @@ def beside_nearest(x, paths):
 
 
 # ---- Command line ------------------------------------------------------------------------------
-# Two commands, one line an option. A checkpoint stores train's options, and that is how `sample`
-# knows which network to build. Bad input gets one line on standard error and exit code 2; a bug of
-# ours shows its traceback.
+# Two commands, one line an option. A checkpoint stores train's options; so `sample` knows which
+# network to build. Bad input gets one line and exit code 2; a bug of ours shows its traceback.
 
 
 class Failure(argparse.ArgumentTypeError):
@@ -901,7 +923,7 @@ def parser():
     add("--ema", type=within(0.0, 1.0), default=0.9999, help="decay of the average of the weights")
     add("--schedule", choices=("linear", "cosine"), default="cosine", help="of the noise")
     add("--prediction", choices=("eps", "v"), default="v", help="what the network is asked for")
-    add("--min-snr", type=within(0.0), default=5.0, help="limit of the loss weight; 0: none")
+    add("--even", type=within(0.0, 1.0), default=0.25, help="share of t drawn evenly; 1: all")
 
     add = commands.add_parser("sample", help="draw with what was learned", **how).add_argument
     add("--checkpoint", default="", help="empty: run/checkpoint.pt, or the cats that come along")
@@ -916,7 +938,6 @@ def parser():
     add("--sampler", choices=("dpm", "ddim", "ddpm", "ddpm-large"), default="dpm", help="the way")
     add("--steps", type=within(0, 1000), default=0, help="calls; 0: dpm 25, ddim 50, else 1000")
     add("--best-of", type=within(1), default=1, help="draw more, keep what a classifier likes")
-    add("--classes", type=within(0, 999), nargs="*", default=[*range(281, 286)], help="of ImageNet")
     add("--nearest", default="", help="training pictures: show the nearest beside each sample")
     return top
 
@@ -966,13 +987,13 @@ def show(text, passing=False):
 
 # ---- Where to compute --------------------------------------------------------------------------
 # A TPU if there is one, else a GPU, else the processor. To bring in another accelerator, look at
-# `pick_device`, `autocast`, and the kind of Adam in `prepare`; for a device that compiles, as TPUs
-# do, also at what else asks for "xla".
+# `pick_device`, `autocast`, and the kind of Adam in `prepare`; if it compiles, as TPUs do, also at
+# what else asks for "xla".
 #
 # Many processes: `torchrun --nproc-per-node=4 -- catdiffusion.py train ...` starts this file four
 # times and gives each its number, RANK. Each has the whole network and does its part of every
 # batch, and DistributedDataParallel averages their gradients, so that all take the same step.
-# Number 0 alone decodes, saves and prints. In one process, and in `sample`, none of this matters.
+# Number 0 alone decodes, saves and prints.
 
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # how many processes
 RANK = int(os.environ.get("RANK", 0))  # which of them this is
@@ -1006,9 +1027,8 @@ def pick_device(name="auto"):
 def autocast(device):
     """Matrix products in bf16 where the chip has them (about twice as fast), fp32 elsewhere.
 
-    bf16 is a float of 16 bits; torch's autocast converts to it and back where that is safe. It has
-    the range of fp32, so nothing overflows; fp16 has not, which is where the black pictures in many
-    issue trackers come from. Weights, loss, Adam and average stay in fp32.
+    bf16, a float of 16 bits, has the range of fp32, so nothing overflows; fp16 has not, which is
+    where the black pictures in many issue trackers come from. All else stays in fp32.
     """
     cpu = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     cuda = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -1025,8 +1045,7 @@ def end_of_step(device):
 def over_cores(*batch):
     """The tensors of a batch; on a TPU, cut into one part for each core of the host.
 
-    torch_xla's compiler does the rest: every core has the network and works on its part of the
-    batch, and gradients are summed over the cores.
+    torch_xla's compiler does the rest: every core works on its part, and gradients are summed.
     """
     if batch[0].device.type == "xla":
         from torch_xla.distributed import spmd
@@ -1069,8 +1088,7 @@ def note_signals():
     """Inside, Ctrl-C, SIGTERM and a closed terminal do not kill: their number goes into a list."""
     noted = []  # empty: nobody has asked to stop
     with contextlib.ExitStack() as afterwards:
-        for name in {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal)):  # Windows has no SIGHUP
-            number = getattr(signal, name)
+        for number in {1, 2, 15} & signal.valid_signals():  # SIGHUP (not on Windows), INT, TERM
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup has it ignored
                 old = signal.signal(number, lambda number, _: noted.append(number))
                 afterwards.callback(signal.signal, number, old)
@@ -1078,9 +1096,9 @@ def note_signals():
 
 
 # ---- Files -------------------------------------------------------------------------------------
-# A file that matters is written beside the old one, forced to the disk, and only then given the old
-# one's name, which either happens or does not: whatever stops us on the way, a whole one is there.
-# Loading allows tensors and plain values only, so a checkpoint from a stranger cannot run code.
+# A file that matters is written beside the old one, forced to the disk, and only then given its
+# name: whatever stops us on the way, a whole one is there. Loading allows tensors and plain values
+# only (weights_only), so a checkpoint from a stranger cannot run code.
 
 
 @contextlib.contextmanager
@@ -1096,8 +1114,7 @@ def whole_file(path):
 
 
 def save_new(image, path, about, k=1):
-    """Write a PNG, with `about` as JSON in its text. A different one that is there keeps its name,
-    and this one gets a number."""
+    """Write a PNG, with `about` as JSON in its text; if the name is taken, under a new one."""
     name = path if k == 1 else path.with_stem(f"{path.stem}-{k}")
     if name.exists() and Image.open(name).tobytes() != image.tobytes():
         return save_new(image, path, about, k + 1)
@@ -1110,7 +1127,7 @@ def save_new(image, path, about, k=1):
 def build(s, device):
     """The network and the diffusion that the settings `s` describe, on `device`."""
     model = UNet(s.size, s.channels, s.mults, s.blocks, s.attention, s.dropout)
-    diffusion = Diffusion(schedule=s.schedule, prediction=s.prediction, min_snr=s.min_snr)
+    diffusion = Diffusion(schedule=s.schedule, prediction=s.prediction)
     # Channels last in memory: convolutions are fastest so.
     return model.to(device, memory_format=torch.channels_last), diffusion.to(device)
 
@@ -1128,21 +1145,14 @@ def save_checkpoint(s, run):
 
 @contextlib.contextmanager
 def open_checkpoint(path):
-    """What save_checkpoint wrote, on the CPU. Raises Failure if it cannot be read, or if what is
-    done with it inside the `with` fails."""
+    """What save_checkpoint wrote, on the CPU. Failure if it, or what is done with it, fails."""
     require(path.exists(), f"{path}: no such checkpoint; make one: python catdiffusion.py train")
     try:
-        yield read_folder(path) if path.is_dir() else load_tensors(path)
+        yield read_folder(path) if path.is_dir() else torch.load(path, "cpu", weights_only=True)
     except Failure:
         raise
     except Exception as e:  # a damaged file can raise anything
         raise Failure(f"{path}: damaged, or not a checkpoint of this program ({e!r})") from None
-
-
-def load_tensors(path):
-    """torch.load without code, for a file whose checksums are right."""
-    require(not zipfile.ZipFile(path).testzip(), f"{path}: damaged, a checksum is wrong")
-    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def load_checkpoint(path, device="cpu"):
@@ -1156,9 +1166,8 @@ def load_checkpoint(path, device="cpu"):
     return model.to(device).eval().requires_grad_(False), diffusion.to(device), saved["step"]
 
 
-# The paper's own networks live on in another layout: a folder with config.json and the weights,
-# under the names of Hugging Face's diffusers (google/ddpm-ema-cat-256 and its family). Only the
-# names differ from ours.
+# The paper's own networks (google/ddpm-ema-cat-256 and its family) live on in another layout: a
+# folder with config.json and the weights, under the names of Hugging Face's diffusers.
 THEIR_WORDS = {
     "time_embedding.linear_1": "time.0", "time_embedding.linear_2": "time.2", "to_out.0": "out",
     "conv_norm_out": "norm_out", "time_emb_proj": "time", "conv_shortcut": "shortcut", "to_q": "q",
@@ -1208,9 +1217,10 @@ def read_folder(folder):
     s |= {"mults": [width // widths[0] for width in widths], "schedule": "linear"}
     s |= {"attention": [s["size"] >> i for i, kind in enumerate(kinds) if kind[0] == "A"]}
     file = folder / "diffusion_pytorch_model.safetensors"  # or, in old folders, .bin
-    weights = read_safetensors(file) if file.exists() else load_tensors(file.with_suffix(".bin"))
+    old = file.with_suffix(".bin")
+    weights = read_safetensors(file) if file.exists() else torch.load(old, weights_only=True)
     weights = {our_name(name, blocks): value for name, value in weights.items()}
-    return {"settings": s | {"prediction": "eps", "min_snr": 0.0}, "ema": weights, "step": 0}
+    return {"settings": s | {"prediction": "eps"}, "ema": weights, "step": 0}
 
 
 # ---- Sheets ------------------------------------------------------------------------------------
@@ -1237,15 +1247,6 @@ def save_film(frames, path, milliseconds=80):
     """PIL images -> a GIF that rests on the last."""
     times = [milliseconds] * (len(frames) - 1) + [3000]
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=times, loop=0)
-
-
-def draw_curve(losses, path):
-    """The loss over the run as a PNG, its height on a logarithmic scale."""
-    image, low, high = Image.new("RGB", (640, 360), "white"), min(losses), max(losses)
-    heights = [math.log(high / loss) / math.log(1.01 * high / low) for loss in losses]
-    points = [(i / len(losses) * 640, 20 + 320 * height) for i, height in enumerate(heights)]
-    ImageDraw.Draw(image).line(points, "black", 2)
-    image.save(path)
 
 
 # ---- A faster group norm -----------------------------------------------------------------------
