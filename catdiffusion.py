@@ -176,12 +176,12 @@ class Diffusion:
 
 
 def choose_t(u, timesteps, even):
-    """Numbers u in [0, 1) -> noise levels t, both (B,). For u < even, all are as likely.
+    """Random numbers u in [0, 1) -> noise levels t, both (B,). even: which share of them is even.
 
-    NOTE that is the paper's way. But a trace of noise is soon told from a cat, and where all is
-    noise there is little to see. So for the other u ours asks with chances like sin(πt/T), most
-    often where there is as much noise as picture (Karras et al. 2022 and Esser et al. 2024,
-    arXiv:2403.03206, do so in other ways); the even ones keep up the ends: grain and brightness.
+    NOTE the paper's t are all even: each is as likely. But a trace of noise is soon told from a
+    cat, and where all is noise there is little to see. So our others come with chances like
+    sin(πt/T), mostly where, on our schedule, there is as much noise as picture (Esser et al. 2024,
+    arXiv:2403.03206, do so in another way). The even ones keep up the ends: grain and brightness.
     """
     middle = torch.acos(1 - 2 * (u - even) / (1 - even)) / math.pi  # inverts the integral of sin
     return (torch.where(u < even, u / even, middle) * timesteps).long()
@@ -218,8 +218,8 @@ class Muon(torch.optim.Adam):
     NOTE the paper's Adam gives each weight a step of its own size. But a layer is a matrix, and so
     is its gradient, here the mean of the last ones: with a few large singular values, for what all
     pictures have in common, and many small ones, for what tells them apart. Ours makes them all 1,
-    and both are learned at once. Single numbers a map, and the last layer, stay Adam's. (torch's
-    Muon takes matrices only; ours takes a convolution for one, too.)
+    and both are learned at once. Biases, norms and the last layer, of three maps, stay Adam's.
+    (torch's Muon takes matrices only; ours takes a convolution for one, too.)
     """
 
     @torch.no_grad()
@@ -231,7 +231,7 @@ class Muon(torch.optim.Adam):
             with autocast(p.device):  # "exp_avg": Adam's mean of the last gradients
                 step = orthogonal(p.grad.lerp(self.state[p]["exp_avg"], 0.95).flatten(1))
             lr = self.param_groups[0]["lr"] * 0.2 * max(step.shape) ** 0.5  # about as far as Adam
-            p.copy_(old - lr * step.view_as(p))
+            p.copy_(old - lr * step.view_as(p))  # in place of Adam's step
 
 
 def orthogonal(m):
@@ -296,8 +296,8 @@ def look_ahead(diffusion, x0, x0_prev, t_prev, t, t_next):
     step, step_prev = (sigma_next / sigma).log(), (sigma / sigma_prev).log()  # both negative
     leaning = x0 + (x0 - x0_prev) * step / step_prev / 2
     # NOTE DPM-Solver++ leans at every step. At the end, where the picture stands and only its grain
-    # is left to decide, that magnifies the network's errors; so we stop at sigma 0.2.
-    return torch.where(sigma_next > 0.2, leaning, x0)
+    # is left to decide, that magnifies the network's errors; so we stop at sigma 0.15.
+    return torch.where(sigma_next > 0.15, leaning, x0)
 
 
 def noise_levels(diffusion, steps):
@@ -735,8 +735,8 @@ def learning_rate(s, step):
     """Up in the first 200 steps, while Adam's averages are young; then s.lr.
 
     NOTE the paper keeps its rate. Ours falls to 0 in the last fifth of the run, in which the
-    network settles: nothing else in the recipe makes the cats as much better. (A finished run that
-    is given more --steps goes on with the full rate, and is worse before it is better.)
+    network settles, and the cats become much better. (A finished run that is given more --steps
+    goes on with the full rate, and is worse before it is better.)
     """
     return s.lr * min(1, (step + 1) / 200, (s.steps - step) / s.steps * 5)
 
@@ -746,7 +746,7 @@ def report(s, run, losses, seconds):
 
     Only here the losses are fetched from the device. Raises Failure if none of them is a number.
     """
-    values = sum_over_processes(torch.stack(losses)).cpu() / WORLD_SIZE  # their mean
+    values = sum_over_processes(torch.stack(losses)).cpu() / WORLD_SIZE  # mean over all
     loss, speed = values.nanmean().item(), len(losses) / seconds  # NaN: a skipped step
     require(math.isfinite(loss), f"no loss is a number; go on with {s.run} and a smaller --lr")
     run.seconds += seconds  # of training, in all runs together
@@ -1088,7 +1088,7 @@ def note_signals():
     """Inside, Ctrl-C, SIGTERM and a closed terminal do not kill: their number goes into a list."""
     noted = []  # empty: nobody has asked to stop
     with contextlib.ExitStack() as afterwards:
-        for number in {1, 2, 15} & signal.valid_signals():  # SIGHUP (not on Windows), INT, TERM
+        for number in {1, 2, 15} & signal.valid_signals():  # SIGHUP, SIGINT, SIGTERM
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup has it ignored
                 old = signal.signal(number, lambda number, _: noted.append(number))
                 afterwards.callback(signal.signal, number, old)
@@ -1114,7 +1114,7 @@ def whole_file(path):
 
 
 def save_new(image, path, about, k=1):
-    """Write a PNG, with `about` as JSON in its text; if the name is taken, under a new one."""
+    """Write a PNG, with `about` as JSON in its text; beside another picture of that name."""
     name = path if k == 1 else path.with_stem(f"{path.stem}-{k}")
     if name.exists() and Image.open(name).tobytes() != image.tobytes():
         return save_new(image, path, about, k + 1)
@@ -1218,7 +1218,7 @@ def read_folder(folder):
     s |= {"attention": [s["size"] >> i for i, kind in enumerate(kinds) if kind[0] == "A"]}
     file = folder / "diffusion_pytorch_model.safetensors"  # or, in old folders, .bin
     old = file.with_suffix(".bin")
-    weights = read_safetensors(file) if file.exists() else torch.load(old, weights_only=True)
+    weights = read_safetensors(file) if file.exists() else torch.load(old, "cpu", weights_only=True)
     weights = {our_name(name, blocks): value for name, value in weights.items()}
     return {"settings": s | {"prediction": "eps"}, "ema": weights, "step": 0}
 

@@ -241,7 +241,7 @@ def error(sampler, steps):
 
 def test_looking_ahead_is_of_second_order(monkeypatch):
     assert 0.4 < error("ddim", 40) / error("ddim", 20) < 0.6  # twice the calls, half the error
-    assert error("dpm", 25) < error("ddim", 36)
+    assert error("dpm", 25) < error("ddim", 50)
     monkeypatch.setattr(torch, "where", lambda holds, a, b: a)  # to the end, as its authors do
     assert error("dpm", 40) < 0.3 * error("dpm", 20)  # twice the calls, a quarter of the error
 
@@ -407,10 +407,10 @@ def test_a_batch_is_a_function_of_seed_and_step_and_twenty_cats_are_learned_by_h
     assert all(any(torch.equal(p, q) for q in pictures.flip(2)) for p in other)
     model, d = small_unet(), cd.Diffusion(schedule="cosine", prediction="v").to(CPU)
     adam, losses, s.batch = cd.Muon(model.parameters(), torch.tensor(0.0)), [], 8
-    for step in range(80):
+    for step in range(160):
         batch = cd.draw_batch(s, pictures, 1000, step, CPU)
         losses.append(cd.train_step(model, d, adam, torch.tensor(1e-2), batch).item())
-    assert sum(losses[-10:]) < 0.6 * sum(losses[:10])
+    assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
 
 
 # ==== THE PROGRAM ===============================================================================
