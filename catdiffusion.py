@@ -240,10 +240,10 @@ def orthogonal(m):
     Each round turns s into 3.4445·s − 4.775·s³ + 2.0315·s⁵, which lifts small ones and keeps large
     ones near 1; and no s need be known for it, as s³ is m·mᵀ·m, and so on.
     """
-    m = m / (m.norm() + 1e-7)  # now none is above 1
+    m, one = m / (m.norm() + 1e-7), torch.eye(len(m), device=m.device)  # now no s is above 1
     for _ in range(5):
         square = m @ m.T
-        m = 3.4445 * m + (2.0315 * square @ square - 4.775 * square) @ m
+        m = (3.4445 * one - 4.775 * square + 2.0315 * square @ square) @ m
     return m
 
 
@@ -505,7 +505,7 @@ class UNet(nn.Module):
 # better pictures, and costs one multiply-add a weight. The paper's decay of 0.9999 remembers some
 # 10,000 steps, though, and early on that would be mostly the random start: sampling from such an
 # average gives noise, and a good many people have taken that for a bug in their sampler. NOTE so
-# the memory of ours grows with the run: after n steps it is about n/9 steps long.
+# the memory of ours grows with the run: after n steps it is about n/19 steps long.
 
 
 class EMA:
@@ -515,8 +515,8 @@ class EMA:
         self.decay, self.model = decay, copy.deepcopy(model).eval().requires_grad_(False)
 
     def update(self, model, n):
-        """average ← d·average + (1−d)·weights, with d = min(decay, (1+n)/(10+n)); n = 0, 1, ..."""
-        share = 1 - min(self.decay, (1 + n) / (10 + n))
+        """average ← d·average + (1−d)·weights, with d = min(decay, (1+n)/(20+n)); n = 0, 1, ..."""
+        share = 1 - min(self.decay, (1 + n) / (20 + n))
         share = torch.tensor(share).to(next(model.parameters()).device)  # (for TPUs, as in sample)
         for mean, new in zip(self.model.parameters(), model.parameters()):
             mean.lerp_(new.detach(), share)
@@ -919,7 +919,7 @@ def parser():
     # the recipe
     add("--batch", type=within(1), default=16, help="pictures a step; 64 and more on a GPU")
     add("--accum", type=within(1), default=1, help="cut a batch in parts, to save memory")
-    add("--lr", type=within(0.0), default=1e-3, help="learning rate; 2e-4 if channels are many")
+    add("--lr", type=within(0.0), default=2e-3, help="learning rate; less if channels are many")
     add("--ema", type=within(0.0, 1.0), default=0.9999, help="decay of the average of the weights")
     add("--schedule", choices=("linear", "cosine"), default="cosine", help="of the noise")
     add("--prediction", choices=("eps", "v"), default="v", help="what the network is asked for")

@@ -383,7 +383,7 @@ def test_steps_are_cut_or_skipped_the_rate_rises_and_falls_and_the_average_warms
     for n in range(200):
         nn.init.constant_(model.weight, n)
         ema.update(model, n)
-        decay = min(0.9, (1 + n) / (10 + n))
+        decay = min(0.9, (1 + n) / (20 + n))
         expected = decay * expected + (1 - decay) * n
         assert ema.model.weight.item() == pytest.approx(expected, rel=1e-4, abs=1e-4)
     model, (x0, t, eps) = small_unet(), cd.draw_batch(s, drawn(8), 1000, 0, CPU)
