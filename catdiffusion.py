@@ -218,8 +218,8 @@ class Muon(torch.optim.Adam):
     NOTE the paper's Adam gives each weight a step of its own size. But a layer is a matrix, and so
     is its gradient, here the mean of the last ones: with a few large singular values, for what all
     pictures have in common, and many small ones, for what tells them apart. Ours makes them all 1,
-    and both are learned at once. Biases, norms and the last layer, of three maps, stay Adam's.
-    (torch's Muon takes matrices only; ours takes a convolution for one, too.)
+    and both are learned at once. Biases, norms and the last layer, of three maps, stay Adam's;
+    a convolution counts as a matrix, which torch's own Muon does not take.
     """
 
     @torch.no_grad()
@@ -238,7 +238,7 @@ def orthogonal(m):
     """The matrix m with all singular values s made about 1 (0.7 to 1.2; the tiniest less).
 
     Each round turns s into 3.4445·s − 4.775·s³ + 2.0315·s⁵, which lifts small ones and keeps large
-    ones near 1; and no s need be known for it, as s³ is m·mᵀ·m, and so on.
+    ones near 1. No s need be known for it: m·mᵀ·m has the values s³, m·mᵀ·m·mᵀ·m has s⁵.
     """
     m, one = m / (m.norm() + 1e-7), torch.eye(len(m), device=m.device)  # now no s is above 1
     for _ in range(5):
