@@ -408,8 +408,7 @@ class ResBlock(nn.Module):
 class Attention(nn.Module):
     """Lets every pixel look at every other: how the left eye learns the colour of the right one.
 
-    Single-head self-attention. Only for small maps, as its cost grows with the fourth power of
-    the side.
+    Single-head self-attention; for small maps, as its cost grows with the side's fourth power.
     """
 
     def __init__(self, channels):
@@ -426,8 +425,7 @@ class Attention(nn.Module):
 
 
 class Downsample(nn.Conv2d):
-    """Half the side. Pads right and bottom only, as the paper's code does. (It ignores time: all
-    layers are called alike.)"""
+    """Half the side. Pads right and bottom only, as the paper's code does. No use for time here."""
 
     def forward(self, x, time):
         return super().forward(F.pad(x, (0, 1, 0, 1)))
@@ -616,8 +614,9 @@ def read_picture(path, size):
         require(image.mode[0] != "I", "grey of 16 bit, which would come out white")
         if os.path.exists(f"{path}.cat"):
             image = image.crop(face_box(path, *image.size))
-        # A JPEG can be decoded at 1/2, 1/4 or 1/8 of its size, for a fraction of the time.
-        image.draft(None, [math.ceil(side * size / min(image.size)) for side in image.size])
+        # A JPEG can be decoded at 1/2, 1/4 or 1/8 of its size, for a fraction of the time; but
+        # below three times what we need, its fur would come out blurred, or with a false grain.
+        image.draft(None, [math.ceil(3 * side * size / min(image.size)) for side in image.size])
         image = ImageOps.exif_transpose(image).convert("RGBA")  # upright
         image = ImageOps.fit(image, (size, size), Image.LANCZOS)  # cuts, shrinks
         white = Image.new("RGBA", (size, size), "white")  # shows where the picture is transparent

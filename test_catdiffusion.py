@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import nn
 
 import catdiffusion as cd
@@ -452,6 +452,16 @@ def test_a_picture_is_cropped_to_its_middle_square_and_never_squashed(width, hei
     for name in ("a.jpg", "a.png"):
         image.save(name, quality=95)
         assert near(read(name, 32)[16, 2], RED, 40) and near(read(name, 32)[16, -3], BLUE, 40)
+
+
+@pytest.mark.parametrize("side", [32, 125])
+def test_a_jpeg_keeps_its_grain_when_it_is_shrunk(side):
+    grain = Image.frombytes("RGB", (20, 20), random.Random(0).randbytes(3 * 20 * 20))
+    grain.resize((side, side)).save("grain.jpg", quality=95)
+    whole = ImageOps.fit(Image.open("grain.jpg"), (16, 16), Image.LANCZOS)  # decoded in full size
+    wanted = torch.frombuffer(bytearray(whole.tobytes()), dtype=torch.uint8).view(16, 16, 3)
+    error = (read("grain.jpg") / 255 - wanted / 255).std() / (wanted / 255).std()
+    assert error < 0.2  # 0.5 if the JPEG's decoder does all the shrinking
 
 
 def test_exif_rotation_is_undone_and_a_cat_file_crops_to_the_face():
