@@ -5,8 +5,7 @@ and nothing of the cat is left: the end is pure noise, whatever the photo was. E
 steps could be undone if we knew which noise is in the picture. We do not, but a network can learn
 to guess it. To draw a new cat we start from pure noise and undo the thousand steps one after the
 other (or, as we do, in 25 larger ones). That is all of it: Ho, Jain, Abbeel 2020, "Denoising
-Diffusion Probabilistic Models" (arXiv:2006.11239), called "the paper" from here on. There is
-nothing too scary below.
+Diffusion Probabilistic Models" (arXiv:2006.11239), called "the paper" from here on.
 
     python catdiffusion.py train                    # no pictures? it draws cats and learns those
     python catdiffusion.py train --data ./cats      # yours; Ctrl-C, and the same line goes on
@@ -20,7 +19,7 @@ A map of the file. The lesson is all there is to learn; you may stop reading whe
     The machine room   Where to compute: TPU, GPU, CPU, many at once. Files: checkpoints, the
                        paper's own networks. Sheets. A faster group norm.
 
-Notation, the paper's own (the paper counts t from 1 to T; the code, as code does, from 0 to T-1):
+Notation, the paper's but for σ (and the paper's t is 1 to T; the code's, as in code, 0 to T-1):
 
     x0      x₀        a clean picture, (B, 3, H, W), values in [-1, 1]
     t       t         how noisy: 0 is almost clean (not x0 yet), T-1 = 999 is noise; (B,), integers
@@ -31,7 +30,7 @@ Notation, the paper's own (the paper counts t from 1 to T; the code, as code doe
     sigma   σ_t       √(1−ᾱ_t)/√ᾱ_t: the noise in x_t, in units of the picture in it
 
 A NOTE marks where the program departs from the paper, and says why. The paper's own objective and
-sampler: `train --prediction eps --schedule linear --even 1`, and `sample --sampler ddpm`.
+sampler: `train --prediction eps --schedule linear --uniform 1`, and `sample --sampler ddpm`.
 
 What it reaches: cats beyond doubt at 64 px after 20 minutes on two CPU cores (see the README).
 """
@@ -92,9 +91,9 @@ class Diffusion:
         if schedule == "linear":  # Section 4: from almost no noise a step to 2 % a step
             betas = torch.linspace(1e-4, 0.02, timesteps, dtype=torch.float64)
         else:
-            # NOTE the paper's line leaves ᾱ = 0.003 at t = 750: a small picture is gone by then,
-            # and the last quarter teaches nothing. Here ᾱ follows cos², and β is read off it
-            # (Nichol & Dhariwal 2021, arXiv:2102.09672, Eq. 17).
+            # NOTE the paper's line leaves ᾱ = 0.003 at t = 750: all but the brightness of a small
+            # picture is gone, and the last quarter teaches little. Here ᾱ follows cos², and β is
+            # read off it (Nichol & Dhariwal 2021, arXiv:2102.09672, Eq. 17).
             u = torch.arange(timesteps + 1, dtype=torch.float64) / timesteps
             cos2 = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
             betas = (1 - cos2[1:] / cos2[:-1]).clamp(max=0.999)
@@ -175,16 +174,16 @@ class Diffusion:
 # (`autocast`, here and below, is about speed: see the machine room.)
 
 
-def choose_t(u, timesteps, even):
-    """Random numbers u in [0, 1) -> noise levels t, both (B,). even: which share of them is even.
+def choose_t(u, timesteps, uniform):
+    """Random numbers u in [0, 1) -> noise levels t, both (B,). uniform: share drawn uniformly.
 
-    NOTE the paper's t are all even: each is as likely. But a trace of noise is soon told from a
-    cat, and where all is noise there is little to see. So our others come with chances like
-    sin(πt/T), mostly where, on our schedule, there is as much noise as picture (Esser et al. 2024,
-    arXiv:2403.03206, do so in another way). The even ones keep up the ends: grain and brightness.
+    NOTE the paper draws all of them uniformly. But a trace of noise is soon told from a cat, and
+    where all is noise there is little to see. So the rest of ours come with chances like sin(πt/T),
+    mostly where, on our schedule, there is as much noise as picture (Esser et al. 2024,
+    arXiv:2403.03206, do so in another way). The uniform ones keep up the ends: grain, brightness.
     """
-    middle = torch.acos(1 - 2 * (u - even) / (1 - even)) / math.pi  # inverts the integral of sin
-    return (torch.where(u < even, u / even, middle) * timesteps).long()
+    rest = torch.acos(1 - 2 * (u - uniform) / (1 - uniform)) / math.pi  # inverts sin's integral
+    return (torch.where(u < uniform, u / uniform, rest) * timesteps).long().clamp(max=timesteps - 1)
 
 
 def train_step(model, diffusion, optimizer, lr, batch, accum=1):
@@ -217,9 +216,9 @@ class Muon(torch.optim.Adam):
 
     NOTE the paper's Adam gives each weight a step of its own size. But a layer is a matrix, and so
     is its gradient, here the mean of the last ones: with a few large singular values, for what all
-    pictures have in common, and many small ones, for what tells them apart. Ours makes them all 1,
-    and both are learned at once. Biases, norms and the last layer, of three maps, stay Adam's;
-    a convolution counts as a matrix, which torch's own Muon does not take.
+    pictures have in common, one may think, and many small ones, for what tells them apart. Ours
+    brings all near 1, and both are learned at once. Biases, norms and the last layer, of three
+    maps, stay Adam's; a convolution counts as a matrix, which torch's own Muon does not take.
     """
 
     @torch.no_grad()
@@ -228,7 +227,7 @@ class Muon(torch.optim.Adam):
         before = [p.clone() for p in layers]
         super().step()
         for p, old in zip(layers, before):
-            with autocast(p.device):  # "exp_avg": Adam's mean of the last gradients
+            with autocast(p.device):  # Adam's mean of the last gradients, this one counted more
                 step = orthogonal(p.grad.lerp(self.state[p]["exp_avg"], 0.95).flatten(1))
             lr = self.param_groups[0]["lr"] * 0.2 * max(step.shape) ** 0.5  # about as far as Adam
             p.copy_(old - lr * step.view_as(p))  # in place of Adam's step
@@ -250,7 +249,8 @@ def orthogonal(m):
 # ---- Drawing -----------------------------------------------------------------------------------
 # Now backwards, from noise to cat. At each step the network looks at x_t and says which clean
 # picture x̂₀ it sees in there; early on that is a grey blur, the mean of all cats. We do not jump
-# there. We go to the next lower noise level on the way, look again, and see a little more.
+# there. We go to the next lower noise level on the way and look again: what noise is left favours
+# some cats over others, and the guess grows sharper.
 #
 # There are three ways to take such a step, each a few lines long; `sample` then takes one after the
 # other. The guess is clipped to [-1, 1] first: no picture has values outside, so it can only get
@@ -261,7 +261,7 @@ def ddpm_step(diffusion, x0, x_t, t, t_next, fresh_noise, large=False):
     """The paper's way (Algorithm 2): take the guess for the truth, and pick from Eq. 6 at random.
 
     The mean of Eq. 6 has less noise than a picture at t_next should have; the missing amount is
-    added, fresh.
+    added, fresh. (In small steps a mean will do for the truth: the way back is near a Gaussian.)
 
     The paper found two variances to serve equally well: that of Eq. 7, exact if all data were one
     picture, and β (`large`), exact if the data were noise itself. They differ by β²·ᾱ'/(1−ᾱ).
@@ -280,7 +280,7 @@ def ddim_step(diffusion, x0, x_t, t, t_next):
     little from level to level, the path bends little, and can be taken in large steps: 50 do. (Song
     et al. have a dial, η, for the share of fresh noise: 0 is this, 1 is `ddpm_step`, not `large`.)
     """
-    # ε is worked out anew, as x0 may have been clipped or leaned: the two must add up to x_t.
+    # ε is worked out anew, as x0 may have been changed since: the two must add up to x_t.
     eps = (x_t - at(diffusion.signal_rate, t) * x0) / at(diffusion.noise_rate, t)
     return diffusion.q_sample(x0, t_next, eps)
 
@@ -313,7 +313,7 @@ def noise_levels(diffusion, steps):
     for k in range(1, steps):
         wanted = math.log(200) + k / (steps - 1) * math.log(0.01 / 200)  # down to 0.01
         t = (log_sigmas - wanted).abs().argmin().item()
-        levels.append(max(min(t, levels[-1] - 1), steps - 1 - k))  # never the same t twice
+        levels.append(max(min(t, levels[-1] - 1), steps - 1 - k))  # all different, to the end
     return levels
 
 
@@ -533,7 +533,7 @@ SUFFIXES = ".jpg .jpeg .png .webp .bmp .gif".split()
 
 
 def draw_batch(s, pictures, timesteps, step, device):
-    """Everything random in one training step, as a function of (s.seed, step) and nothing else.
+    """Everything random in one training step, from (s.seed, step) alone on one kind of device.
 
     So a run that was stopped and started again gives the same result as one that never was.
     pictures: uint8 (N, H, W, 3). Returns x0 (B, 3, H, W) in [-1, 1], t (B,), and eps like x0.
@@ -542,7 +542,7 @@ def draw_batch(s, pictures, timesteps, step, device):
     index, flip = torch.randint(len(pictures), (s.batch,)), torch.rand(s.batch) < 0.5  # mirrored?
     # NOTE the paper draws each t by itself. We spread a batch evenly from one random number: each t
     # is as likely as before, but no batch is all noise (Kingma et al. 2021, arXiv:2107.00630).
-    t = choose_t((torch.rand(1) + torch.arange(s.batch)) / s.batch % 1, timesteps, s.even)
+    t = choose_t((torch.rand(1) + torch.arange(s.batch)) / s.batch % 1, timesteps, s.uniform)
     eps = torch.randn(s.batch, 3, *pictures.shape[1:3], device=device)  # drawn where it is used
     index, flip, t, eps = (tensor[RANK::WORLD_SIZE] for tensor in (index, flip, t, eps))
     x0 = pictures[index].to(device)  # (B, H, W, 3), uint8
@@ -735,7 +735,7 @@ def learning_rate(s, step):
 
     NOTE the paper keeps its rate. Ours falls to 0 in the last fifth of the run, in which the
     network settles, and the cats become much better. (A finished run that is given more --steps
-    goes on with the full rate, and is worse before it is better.)
+    goes on with a higher rate again, and is worse before it is better.)
     """
     return s.lr * min(1, (step + 1) / 200, (s.steps - step) / s.steps * 5)
 
@@ -766,7 +766,7 @@ def preview(s, run, pictures):
         make_grid(x0).save(file, "PNG")
     frames = [Image.open(file) for file in sorted(Path(s.run).glob("previews/*.png"))[-100:]]
     save_film(frames, f"{s.run}/progress.gif", 200)
-    data = as_floats(pictures[:: len(pictures) // 500 + 1]).to(x0.device)  # some 500 of them
+    data = as_floats(pictures[:: len(pictures) // 500 + 1]).to(x0.device)  # up to 500
     reconstruct(run.ema.model, run.diffusion, data[:1]).save(f"{s.run}/reconstruction.png")
     for name, x in (("sample", x0), ("data", data)):
         run.log[-1] |= {f"{name}_mean": x.mean().item(), f"{name}_std": x.std().item()}
@@ -922,7 +922,7 @@ def parser():
     add("--ema", type=within(0.0, 1.0), default=0.9999, help="decay of the average of the weights")
     add("--schedule", choices=("linear", "cosine"), default="cosine", help="of the noise")
     add("--prediction", choices=("eps", "v"), default="v", help="what the network is asked for")
-    add("--even", type=within(0.0, 1.0), default=0.25, help="share of t drawn evenly; 1: all")
+    add("--uniform", type=within(0.0, 1.0), default=0.25, help="share of t drawn uniformly")
 
     add = commands.add_parser("sample", help="draw with what was learned", **how).add_argument
     add("--checkpoint", default="", help="empty: run/checkpoint.pt, or the cats that come along")
@@ -1027,7 +1027,7 @@ def autocast(device):
     """Matrix products in bf16 where the chip has them (about twice as fast), fp32 elsewhere.
 
     bf16, a float of 16 bits, has the range of fp32, so nothing overflows; fp16 has not, which is
-    where the black pictures in many issue trackers come from. All else stays in fp32.
+    where the black pictures in many issue trackers come from. Weights and formulas stay in fp32.
     """
     cpu = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     cuda = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)

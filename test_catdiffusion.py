@@ -333,14 +333,14 @@ def test_our_group_norm_is_torchs():
 # against the integral of their chances, and Muon against torch's, which is for matrices only.
 
 
-@pytest.mark.parametrize("even", [1.0, 0.25, 0.0])
-def test_the_levels_asked_for_have_the_chances_promised(even):
-    t, edges = cd.choose_t(torch.arange(1e5) / 1e5, 1000, even), torch.linspace(0, 1, 11)
-    upto = even * edges + (1 - even) * (1 - torch.cos(math.pi * edges)) / 2  # ∫ π/2·sin(πx) dx
+@pytest.mark.parametrize("uniform", [1.0, 0.35, 0.25, 0.0])
+def test_the_levels_asked_for_have_the_chances_promised(uniform):
+    t, edges = cd.choose_t(torch.arange(1e5) / 1e5, 1000, uniform), torch.linspace(0, 1, 11)
+    upto = uniform * edges + (1 - uniform) * (1 - torch.cos(math.pi * edges)) / 2  # ∫ π/2·sin πx dx
     shares = t.div(100, rounding_mode="floor").bincount(minlength=10) / len(t)
     torch.testing.assert_close(shares, upto.diff(), rtol=0, atol=1e-4)
     assert 0 <= t.min() and t.max() <= 999
-    assert cd.choose_t(torch.tensor([1 - 2**-24]), 1000, even).item() == 999
+    assert cd.choose_t(torch.tensor([1 - 2**-24]), 1000, uniform).item() == 999
 
 
 def test_muon_is_torchs_own_for_matrices_convolutions_and_adam_for_the_rest():
@@ -395,7 +395,7 @@ def test_steps_are_cut_or_skipped_the_rate_rises_and_falls_and_the_average_warms
 
 def test_a_batch_is_a_function_of_seed_and_step_and_twenty_cats_are_learned_by_heart():
     pictures = drawn(20)
-    s = argparse.Namespace(batch=64, even=1.0, seed=0)
+    s = argparse.Namespace(batch=64, uniform=1.0, seed=0)
     first, again, other = (cd.draw_batch(s, pictures, 1000, step, CPU) for step in (5, 5, 6))
     x0, t, eps = first
     assert all((u == v).all() for u, v in zip(first, again)) and x0.shape == eps.shape
@@ -540,7 +540,7 @@ def test_stopped_and_resumed_is_bit_for_bit_the_run_that_was_not(trained, capsys
     model, _, step = cd.load_checkpoint(trained)  # the average, not the last weights
     assert all(torch.equal(mean, whole["ema"][key]) for key, mean in model.state_dict().items())
     assert not torch.equal(whole["ema"]["conv_in.weight"], whole["model"]["conv_in.weight"])
-    for other in ("--channels 16", "--seed 5", "--ema 0.5", "--even 1"):  # not the same run
+    for other in ("--channels 16", "--seed 5", "--ema 0.5", "--uniform 1"):  # not the same run
         assert run("train", *SMALL, "--dropout", 0.2, "--steps", 9, *other.split()) == 2
         error = capsys.readouterr().err
         assert other.split()[0] in error and "--run" in error and error.count("\n") == 1
