@@ -19,7 +19,7 @@ A map of the file. The lesson is all there is to learn; you may stop reading whe
     The machine room   Where to compute: TPU, GPU, CPU, many at once. Files: checkpoints, the
                        paper's own networks. Sheets. A faster group norm.
 
-Notation, the paper's but for σ (and the paper's t is 1 to T; the code's, as in code, 0 to T-1):
+Notation, the paper's but for σ (and the paper counts t from 1 to T, the code from 0 to T-1):
 
     x0      x₀        a clean picture, (B, 3, H, W), values in [-1, 1]
     t       t         how noisy: 0 is almost clean (not x0 yet), T-1 = 999 is noise; (B,), integers
@@ -304,7 +304,7 @@ def noise_levels(diffusion, steps):
     """The t that a drawing of `steps` network calls visits: T-1 first, then ever lower.
 
     NOTE most programs take every T/steps-th t. Ours, after the first, are even in the logarithm of
-    sigma: it falls by the same factor each time (like Karras et al. 2022, arXiv:2206.00364), from
+    sigma: it falls by about one factor each time (like Karras et al. 2022, arXiv:2206.00364), from
     200, where not even the brightness of the picture, a mean of thousands of values, is to be seen,
     to 0.01. Steps even in t spend few calls at the ends, and lose contrast there.
     """
@@ -313,7 +313,7 @@ def noise_levels(diffusion, steps):
     for k in range(1, steps):
         wanted = math.log(200) + k / (steps - 1) * math.log(0.01 / 200)  # down to 0.01
         t = (log_sigmas - wanted).abs().argmin().item()
-        levels.append(max(min(t, levels[-1] - 1), steps - 1 - k))  # all different, to the end
+        levels.append(max(min(t, levels[-1] - 1), steps - 1 - k))  # all different, with room below
     return levels
 
 
