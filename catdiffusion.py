@@ -24,7 +24,7 @@ Notation, the paper's but for σ (and the paper counts t from 1 to T, the code f
     x0      x₀        a clean picture, (B, 3, H, W), values in [-1, 1]
     t       t         how noisy: 0 is almost clean (not x0 yet), T-1 = 999 is noise; (B,), integers
     eps     ε         Gaussian noise, mean 0, variance 1, shaped like x0
-    x_t     x_t       the picture after t+1 steps of noising; x̂₀ is a guess of x₀ from it
+    x_t     x_t       the picture after t+1 steps of noising; x̂₀ (x0 in Drawing): the guess of x₀
     beta    β_t       variance of the noise that step t adds
     abar    ᾱ_t       alphas_cumprod: the share of the picture's variance that survives up to t
     sigma   σ_t       √(1−ᾱ_t)/√ᾱ_t: the noise in x_t, in units of the picture in it
@@ -96,7 +96,7 @@ class Diffusion:
             # read off it (Nichol & Dhariwal 2021, arXiv:2102.09672, Eq. 17).
             u = torch.arange(timesteps + 1, dtype=torch.float64) / timesteps
             cos2 = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
-            betas = (1 - cos2[1:] / cos2[:-1]).clamp(max=0.999)
+            betas = (1 - cos2[1:] / cos2[:-1]).clamp(max=0.999)  # the last is 1
         self.alphas_cumprod = abar = torch.cumprod(1 - betas, 0)  # ᾱ_t = Π (1 − β_s)
         self.signal_rate, self.noise_rate = abar.sqrt(), (1 - abar).sqrt()
         self.sigmas = self.noise_rate / self.signal_rate  # the noise in units of the picture
@@ -189,8 +189,8 @@ def choose_t(u, timesteps, uniform):
 def train_step(model, diffusion, optimizer, lr, batch, accum=1):
     """One round of Algorithm 1 on `batch`, which is x0 (B, 3, H, W), t (B,) and eps like x0.
 
-    accum: into how many parts the batch is cut, to save memory. lr, and the loss that is returned,
-    NaN if the step was skipped, are scalars on the device: to look at them would mean to wait.
+    accum: into how many parts the batch is cut, to save memory. lr and the returned loss (NaN: step
+    skipped) are scalars that stay on the device: to look at them would mean to wait.
     """
     total = 0.0
     for x0, t, eps in zip(*(tensor.chunk(accum) for tensor in batch)):
@@ -212,10 +212,10 @@ def train_step(model, diffusion, optimizer, lr, batch, accum=1):
 
 
 class Muon(torch.optim.Adam):
-    """Adam, except that a layer's step turns all directions alike (Jordan et al. 2024, "Muon").
+    """Adam, but with steps equally long in all directions of a layer (Jordan et al. 2024, "Muon").
 
     NOTE the paper's Adam gives each weight a step of its own size. But a layer is a matrix, and so
-    is its gradient, here the mean of the last ones: with a few large singular values, for what all
+    is its gradient, here the mean of some twenty: with a few large singular values, for what all
     pictures have in common, one may think, and many small ones, for what tells them apart. Ours
     brings all near 1, and both are learned at once. Biases, norms and the last layer, of three
     maps, stay Adam's; a convolution counts as a matrix, which torch's own Muon does not take.
@@ -252,21 +252,21 @@ def orthogonal(m):
 # there. We go to the next lower noise level on the way and look again: what noise is left favours
 # some cats over others, and the guess grows sharper.
 #
-# There are three ways to take such a step, each a few lines long; `sample` then takes one after the
-# other. The guess is clipped to [-1, 1] first: no picture has values outside, so it can only get
-# better by it.
+# There are three ways to take such a step, each a few lines long; `sample` repeats the one that it
+# is asked for. The guess is clipped to [-1, 1] first: no picture has values outside, so it can only
+# get better by it.
 
 
 def ddpm_step(diffusion, x0, x_t, t, t_next, fresh_noise, large=False):
     """The paper's way (Algorithm 2): take the guess for the truth, and pick from Eq. 6 at random.
 
-    The mean of Eq. 6 has less noise than a picture at t_next should have; the missing amount is
-    added, fresh. (In small steps a mean will do for the truth: the way back is near a Gaussian.)
+    The guess is only a mean, but over a small step the way back is nearly a Gaussian, whose mean
+    asks for no more. It has less noise than a picture at t_next; what is missing is added, fresh.
 
     The paper found two variances to serve equally well: that of Eq. 7, exact if all data were one
     picture, and β (`large`), exact if the data were noise itself. They differ by β²·ᾱ'/(1−ᾱ).
-    Where β is small, as in a thousand steps, that is next to nothing. With 50 steps β is not small,
-    each step leaves more noise than the next one expects, and pictures come out grainy.
+    Where β is small, as in a thousand steps, that is next to nothing. In one of 50 steps it is not:
+    then `large` leaves more noise than the next step expects, and pictures come out grainy.
     """
     mean, variance, beta = diffusion.q_posterior(x0, x_t, t, t_next)
     return mean + (beta if large else variance).sqrt() * fresh_noise
@@ -305,7 +305,7 @@ def noise_levels(diffusion, steps):
 
     NOTE most programs take every T/steps-th t. Ours, after the first, are even in the logarithm of
     sigma: it falls by about one factor each time (like Karras et al. 2022, arXiv:2206.00364), from
-    200, where not even the brightness of the picture, a mean of thousands of values, is to be seen,
+    near 200, where not even the picture's brightness, a mean of thousands of values, is to be seen,
     to 0.01. Steps even in t spend few calls at the ends, and lose contrast there.
     """
     log_sigmas = diffusion.sigmas.cpu().double().log()  # (T,), rising
@@ -322,8 +322,8 @@ def sample(model, diffusion, n=8, sampler="dpm", steps=25, seed=0, first=0, star
     """Draw pictures first .. first+n-1 of `seed`; yields (t, x_t, x0) once per network call.
 
     t: int, T-1 at first. x_t and x0: (n, 3, size, size), the noisy picture and the network's guess
-    of the clean one; the last x0 is the result. sampler: "ddpm", the paper's; "ddpm-large", its
-    other variance; "ddim"; "dpm", DDIM that looks ahead. start: (t, x_t) to begin from.
+    of the clean one; the last x0 is the result. sampler: "ddpm", the paper's, if steps are 1000;
+    "ddpm-large", its other variance; "ddim"; "dpm", which looks ahead. start: the first (t, x_t).
     """
     device, size = next(model.parameters()).device, model.size
     # Each picture has its own source of noise, and on the CPU: so it is the same picture, up to
@@ -475,7 +475,7 @@ class UNet(nn.Module):
         self.norm_out, self.conv_out = norm(c), nn.Conv2d(c, 3, 3, padding=1)
 
         # Ho's initialisation: Glorot's, which torch calls xavier, but zero where a branch ends, so
-        # that each block begins by doing nothing, and the whole network by guessing zero.
+        # that each block begins as its shortcut, and the whole network by guessing zero.
         for name, m in self.named_modules():
             if isinstance(m, (nn.Conv2d, nn.Linear)):
                 zero = name.endswith(("conv2", "out"))
@@ -503,7 +503,7 @@ class UNet(nn.Module):
 # better pictures, and costs one multiply-add a weight. The paper's decay of 0.9999 remembers some
 # 10,000 steps, though, and early on that would be mostly the random start: sampling from such an
 # average gives noise, and a good many people have taken that for a bug in their sampler. NOTE so
-# the memory of ours grows with the run: after n steps it is about n/19 steps long.
+# the memory of ours grows with the run: after n steps it is n/19 steps long, and at most 10,000.
 
 
 class EMA:
@@ -759,7 +759,7 @@ def preview(s, run, pictures):
     """Draw the same 16 pictures each time, and save what shows how far the network has come:
 
     previews/STEP.png, their film progress.gif, and reconstruction.png. Mean and spread of samples
-    and data go to the log: tinted or grey ones show there before the eye sees them.
+    and data go to the log: dark or pale ones show there before the eye sees them.
     """
     x0 = [x0 for _, _, x0 in sample(run.ema.model, run.diffusion, 16)][-1]  # the last guesses
     with whole_file(Path(s.run, "previews", f"{run.step:06}.png")) as file:
@@ -1263,11 +1263,11 @@ class GroupNorm(nn.GroupNorm):
 
 
 class CPUGroupNorm(torch.autograd.Function):
-    """With x̂ = (x − mean)·rstd, n numbers in a group and Σ over them, y = w·x̂ + b has gradients
+    """With x̂ = (x − mean)·rstd, n numbers in a group, y = w·x̂ + b has gradients
 
         ∂x = rstd·(w·∂y − Σ(w·∂y)/n − x̂·Σ(w·∂y·x̂)/n),    ∂w = Σ ∂y·x̂,    ∂b = Σ ∂y
 
-    so ∂x is c₁·∂y + c₂·x + c₃ with three numbers per channel: few passes over memory, all in order.
+    with Σ over the group, for ∂w and ∂b over the map. So ∂x is c₁·∂y + c₂·x + c₃: few passes.
     """
 
     @staticmethod
