@@ -718,8 +718,8 @@ def prepare(s, device):
         with open_checkpoint(path) as saved:
             # A run may go on elsewhere and faster or slower, but otherwise as it began.
             for name in sorted(set(vars(s)) - {"run", "steps", "every", "device", "accum", "lr"}):
-                old, flag = saved["settings"].get(name), "--" + name.replace("_", "-")
-                told = f"{path} was made with {flag} {old}; give that, too, or another --run"
+                old = saved["settings"].get(name)
+                told = f"{path} was made with --{name} {old}; give that, too, or another --run"
                 require(old == vars(s)[name], told)
             run.model.load_state_dict(saved["model"])
             run.ema.model.load_state_dict(saved["ema"])
