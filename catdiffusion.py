@@ -261,7 +261,7 @@ def ddpm_step(diffusion, x0, x_t, t, t_next, fresh_noise, large=False):
     """The paper's way (Algorithm 2): take the guess for the truth, and pick from Eq. 6 at random.
 
     The guess is only a mean, but over a small step the way back is nearly a Gaussian, whose mean
-    asks for no more. It has less noise than a picture at t_next; what is missing is added, fresh.
+    asks for no more. That mean has less noise than a picture at t_next; the rest is added, fresh.
 
     The paper found two variances to serve equally well: that of Eq. 7, exact if all data were one
     picture, and β (`large`), exact if the data were noise itself. They differ by β²·ᾱ'/(1−ᾱ).
