@@ -294,10 +294,7 @@ def look_ahead(diffusion, x0, x0_prev, t_prev, t, t_next):
     """
     sigma_prev, sigma, sigma_next = (at(diffusion.sigmas, each) for each in (t_prev, t, t_next))
     step, step_prev = (sigma_next / sigma).log(), (sigma / sigma_prev).log()  # both negative
-    leaning = x0 + (x0 - x0_prev) * step / step_prev / 2
-    # NOTE DPM-Solver++ leans at every step. At the end, where the picture stands and only its grain
-    # is left to decide, that magnifies the network's errors; so we stop at sigma 0.15.
-    return torch.where(sigma_next > 0.15, leaning, x0)
+    return x0 + (x0 - x0_prev) * step / step_prev / 2
 
 
 def noise_levels(diffusion, steps):
