@@ -179,8 +179,8 @@ def choose_t(u, timesteps, uniform):
 
     NOTE the paper draws all of them uniformly. But a trace of noise is soon told from a cat, and
     where all is noise there is little to see. So the rest of ours come with chances like sin(πt/T),
-    mostly where, on our schedule, there is as much noise as picture (Esser et al. 2024,
-    arXiv:2403.03206, do so in another way). The uniform ones keep up the ends: grain, brightness.
+    mostly where, on our schedule, there is as much noise as picture (otherwise Esser et al. 2024,
+    arXiv:2403.03206). Shapes gain, grain and colours lose, which the uniform share limits.
     """
     rest = torch.acos(1 - 2 * (u - uniform) / (1 - uniform)) / math.pi  # inverts sin's integral
     return (torch.where(u < uniform, u / uniform, rest) * timesteps).long().clamp(max=timesteps - 1)
@@ -215,9 +215,9 @@ class Muon(torch.optim.Adam):
     """Adam, but with steps equally long in all directions of a layer (Jordan et al. 2024, "Muon").
 
     NOTE the paper's Adam gives each weight a step of its own size. But a layer is a matrix, and so
-    is its gradient, here the mean of some twenty: with a few large singular values, for what all
-    pictures have in common, one may think, and many small ones, for what tells them apart. Ours
-    brings all near 1, and both are learned at once. Biases, norms and the last layer, of three
+    is its gradient, here the mean over some twenty steps: with a few large singular values, for
+    what all pictures have in common, one may think, and many small ones, for what tells them apart.
+    Ours brings all near 1, and both are learned at once. Biases, norms and the last layer, of three
     maps, stay Adam's; a convolution counts as a matrix, which torch's own Muon does not take.
     """
 
@@ -260,13 +260,14 @@ def orthogonal(m):
 def ddpm_step(diffusion, x0, x_t, t, t_next, fresh_noise, large=False):
     """The paper's way (Algorithm 2): take the guess for the truth, and pick from Eq. 6 at random.
 
-    The guess is only a mean, but over a small step the way back is nearly a Gaussian, whose mean
-    asks for no more. That mean has less noise than a picture at t_next; the rest is added, fresh.
+    The guess is only a mean, but Eq. 6 is linear in x₀, so its mean comes out right; and over a
+    small step the way back is nearly a Gaussian, which is a mean and a variance. That mean has less
+    noise than a picture at t_next; the rest is added, fresh.
 
     The paper found two variances to serve equally well: that of Eq. 7, exact if all data were one
     picture, and β (`large`), exact if the data were noise itself. They differ by β²·ᾱ'/(1−ᾱ).
     Where β is small, as in a thousand steps, that is next to nothing. In one of 50 steps it is not:
-    then `large` leaves more noise than the next step expects, and pictures come out grainy.
+    then `large` leaves more noise than the next step expects, and the network takes it for fur.
     """
     mean, variance, beta = diffusion.q_posterior(x0, x_t, t, t_next)
     return mean + (beta if large else variance).sqrt() * fresh_noise
@@ -301,9 +302,9 @@ def noise_levels(diffusion, steps):
     """The t that a drawing of `steps` network calls visits: T-1 first, then ever lower.
 
     NOTE most programs take every T/steps-th t. Ours, after the first, are even in the logarithm of
-    sigma: it falls by about one factor each time (like Karras et al. 2022, arXiv:2206.00364), from
-    near 200, where not even the picture's brightness, a mean of thousands of values, is to be seen,
-    to 0.01. Steps even in t spend few calls at the ends, and lose contrast there.
+    sigma, which falls by about one factor each time (like Karras et al. 2022, arXiv:2206.00364):
+    from below 200, where not even the picture's brightness, a mean of thousands of values, is to be
+    seen, to 0.01. Steps even in t spend few calls at the ends, and lose contrast there.
     """
     log_sigmas = diffusion.sigmas.cpu().double().log()  # (T,), rising
     levels = [diffusion.timesteps - 1]  # pure noise
@@ -496,11 +497,13 @@ class UNet(nn.Module):
 
 
 # ---- Averaging ---------------------------------------------------------------------------------
-# The weights of the last step still jitter from batch to batch. Their running average draws much
-# better pictures, and costs one multiply-add a weight. The paper's decay of 0.9999 remembers some
-# 10,000 steps, though, and early on that would be mostly the random start: sampling from such an
-# average gives noise, and a good many people have taken that for a bug in their sampler. NOTE so
-# the memory of ours grows with the run: after n steps it is n/19 steps long, and at most 10,000.
+# While the learning rate is high, the weights jitter from batch to batch, and with them the colours
+# of all cats. Their running average draws much better pictures, and costs one multiply-add a weight
+# (where the rate has fallen to 0, the last weights are nearly as good). The paper's decay of 0.9999
+# remembers some 10,000 steps, though, and early on that would be mostly the random start: sampling
+# from such an average gives noise, and a good many people have taken that for a bug in their
+# sampler. NOTE so the memory of ours grows with the run: after n steps it is n/19 steps long, and
+# at most 10,000.
 
 
 class EMA:
@@ -730,9 +733,9 @@ def prepare(s, device):
 def learning_rate(s, step):
     """Up in the first 200 steps, while Adam's averages are young; then s.lr.
 
-    NOTE the paper keeps its rate. Ours falls to 0 in the last fifth of the run, in which the
-    network settles, and the cats become much better. (A finished run that is given more --steps
-    goes on with a higher rate again, and is worse before it is better.)
+    NOTE the paper keeps its rate. Ours falls to 0 in the last fifth of the run, so that the network
+    settles; that is worth much without the average, and little beside it. (A finished run that is
+    given more --steps goes on with a higher rate again, and is worse before it is better.)
     """
     return s.lr * min(1, (step + 1) / 200, (s.steps - step) / s.steps * 5)
 
