@@ -302,9 +302,9 @@ def noise_levels(diffusion, steps):
     """The t that a drawing of `steps` network calls visits: T-1 first, then ever lower.
 
     NOTE most programs take every T/steps-th t. Ours, after the first, are even in the logarithm of
-    sigma, which falls by about one factor each time (like Karras et al. 2022, arXiv:2206.00364):
-    from below 200, where not even the picture's brightness, a mean of thousands of values, is to be
-    seen, to 0.01. Steps even in t spend few calls at the ends, and lose contrast there.
+    sigma, which falls by about one factor each time (like Karras et al. 2022, arXiv:2206.00364): it
+    begins below 200, where not even the brightness of a picture, a mean of thousands of values, is
+    to be seen, and ends at 0.01. Steps even in t spend few calls at the ends, and lose contrast.
     """
     log_sigmas = diffusion.sigmas.cpu().double().log()  # (T,), rising
     levels = [diffusion.timesteps - 1]  # pure noise

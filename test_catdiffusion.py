@@ -15,6 +15,7 @@ import re
 import signal
 import subprocess
 import sys
+import textwrap
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -661,6 +662,29 @@ def test_what_comes_with_the_program():
     environment = {**os.environ, "PYTHONPATH": str(HERE)}
     assert subprocess.check_output([sys.executable, "-B", "-c", code], env=environment) == b""
     assert os.listdir() == ["cat.png"] and Image.open("cat.png").size == (64, 64)
+
+
+def test_the_readme_can_be_followed():
+    """Its commands are ones that the program takes; its lines for the sheet make such a sheet."""
+    readme = (HERE / "README.md").read_text()
+    commands = re.findall(r"python catdiffusion\.py ([^`#&;\n]+)", readme)
+    assert len(commands) > 20 and {words.split()[0] for words in commands} == {"train", "sample"}
+    for words in commands:
+        cd.parser().parse_args(words.split())
+    names = re.findall(r"--out what-if/(\S+)`", readme)  # of the rows
+    assert len(names) > 11 and names == sorted({*names})
+    os.mkdir("what-if")
+    cells = [(row, i) for row in range(len(names)) for i in range(8)]
+    for row, i in cells:
+        colour = Image.new("RGB", (32, 32), (10 * row, 30 * i, 0))
+        colour.save(f"what-if/{names[row]}-0-{i:04}.png")
+    lines = re.search(r"    import pathlib\n(?:(?:    .*)?\n)+", readme)[0]
+    exec(textwrap.dedent(lines))
+    sheet, ours = Image.open("what-if.png"), Image.open(HERE / "samples" / "what-if.png")
+    assert sheet.size == ours.size
+    for row, i in cells:
+        x = sheet.width - 66 * (8 - i)  # the last eight columns
+        assert sheet.getpixel((x + 30, 66 * row + 30)) == (10 * row, 30 * i, 0)
 
 
 def test_best_of_keeps_what_the_judge_likes_and_misses_it_early(trained, monkeypatch, capsys):
