@@ -29,8 +29,8 @@ Notation, the paper's but for σ (and the paper counts t from 1 to T, the code f
     abar    ᾱ_t       alphas_cumprod: the share of the picture's variance that survives up to t
     sigma   σ_t       √(1−ᾱ_t)/√ᾱ_t: the noise in x_t, in units of the picture in it
 
-A NOTE marks where the program departs from the paper, and says why. The paper's own objective and
-sampler: `train --prediction eps --schedule linear --uniform 1`, and `sample --sampler ddpm`.
+A NOTE marks where the program departs from the paper, and says why; README.md shows what each does.
+The paper's own: `train --prediction eps --schedule linear --uniform 1`, `sample --sampler ddpm`.
 
 What it reaches: cats beyond doubt at 64 px after 20 minutes on two CPU cores with bf16 (README).
 """
@@ -239,7 +239,8 @@ def orthogonal(m):
     Each round turns s into 3.4445·s − 4.775·s³ + 2.0315·s⁵, which lifts small ones and keeps large
     ones near 1. No s need be known for it: m·mᵀ·m has the values s³, m·mᵀ·m·mᵀ·m has s⁵.
     """
-    m, one = m / (m.norm() + 1e-7), torch.eye(len(m), device=m.device)  # now no s is above 1
+    m = m / (m.norm() + 1e-7)  # now no s is above 1
+    one = torch.eye(len(m), device=m.device)
     for _ in range(5):
         square = m @ m.T
         m = (3.4445 * one - 4.775 * square + 2.0315 * square @ square) @ m
@@ -501,9 +502,8 @@ class UNet(nn.Module):
 # of all cats. Their running average draws much better pictures, and costs one multiply-add a weight
 # (where the rate has fallen to 0, the last weights are nearly as good). The paper's decay of 0.9999
 # remembers some 10,000 steps, though, and early on that would be mostly the random start: sampling
-# from such an average gives noise, and a good many people have taken that for a bug in their
-# sampler. NOTE so the memory of ours grows with the run: after n steps it is n/19 steps long, and
-# at most 10,000.
+# from such an average gives noise, and many have taken that for a bug in their sampler. NOTE so the
+# memory of ours grows with the run: after n steps it is n/19 steps long, and at most 10,000.
 
 
 class EMA:
