@@ -302,10 +302,10 @@ def look_ahead(diffusion, x0, x0_prev, t_prev, t, t_next):
 def noise_levels(diffusion, steps):
     """The t that a drawing of `steps` network calls visits: T-1 first, then ever lower.
 
-    NOTE most programs take every T/steps-th t. Ours, after the first, are even in the logarithm of
-    sigma, which falls by about one factor each time (like Karras et al. 2022, arXiv:2206.00364): it
-    begins below 200, where not even the brightness of a picture, a mean of thousands of values, is
-    to be seen, and ends at 0.01. Steps even in t spend few calls at the ends, and lose contrast.
+    NOTE most programs take every T/steps-th t. Ours are even in the logarithm of sigma, which falls
+    by the same factor each time (cf. Karras et al. 2022, arXiv:2206.00364): from 200, for which T-1
+    stands in, where not even the brightness of a picture, a mean of thousands of values, is to be
+    seen, to 0.01. Steps even in t spend few calls at the ends, and lose contrast there.
     """
     log_sigmas = diffusion.sigmas.cpu().double().log()  # (T,), rising
     levels = [diffusion.timesteps - 1]  # pure noise
@@ -734,7 +734,7 @@ def learning_rate(s, step):
     """Up in the first 200 steps, while Adam's averages are young; then s.lr.
 
     NOTE the paper keeps its rate. Ours falls to 0 in the last fifth of the run, so that the network
-    settles; that is worth much without the average, and little beside it. (A finished run that is
+    settles; that is worth much without the average, and little with it. (A finished run that is
     given more --steps goes on with a higher rate again, and is worse before it is better.)
     """
     return s.lr * min(1, (step + 1) / 200, (s.steps - step) / s.steps * 5)
