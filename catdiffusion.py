@@ -29,8 +29,8 @@ Notation, the paper's but for σ (and the paper counts t from 1 to T, the code f
     abar    ᾱ_t       alphas_cumprod: the share of the picture's variance that survives up to t
     sigma   σ_t       √(1−ᾱ_t)/√ᾱ_t: the noise in x_t, in units of the picture in it
 
-A NOTE marks where the program departs from the paper, and says why; README.md shows what each does.
-The paper's own: `train --prediction eps --schedule linear --uniform 1`, `sample --sampler ddpm`.
+A NOTE marks where we depart from the paper, and why (README.md: "See for yourself"). The paper's
+loss and sampler: `train --prediction eps --schedule linear --uniform 1`, `sample --sampler ddpm`.
 
 What it reaches: cats beyond doubt at 64 px after 20 minutes on two CPU cores with bf16 (README).
 """
@@ -179,8 +179,8 @@ def choose_t(u, timesteps, uniform):
 
     NOTE the paper draws all of them uniformly. But a trace of noise is soon told from a cat, and
     where all is noise there is little to see. So the rest of ours come with chances like sin(πt/T),
-    mostly where, on our schedule, there is as much noise as picture (otherwise Esser et al. 2024,
-    arXiv:2403.03206). Shapes gain, grain and colours lose, which the uniform share limits.
+    mostly where, on our schedule, there is as much noise as picture (Esser et al. 2024,
+    arXiv:2403.03206, by another curve). Shapes gain; grain and colours need the uniform share.
     """
     rest = torch.acos(1 - 2 * (u - uniform) / (1 - uniform)) / math.pi  # inverts sin's integral
     return (torch.where(u < uniform, u / uniform, rest) * timesteps).long().clamp(max=timesteps - 1)
@@ -255,7 +255,7 @@ def orthogonal(m):
 #
 # There are three ways to take such a step, each a few lines long; `sample` repeats the one that it
 # is asked for. The guess is clipped to [-1, 1] first: no picture has values outside, so it can only
-# get better by it.
+# get better by it. (Leaning, below, may take it out again.)
 
 
 def ddpm_step(diffusion, x0, x_t, t, t_next, fresh_noise, large=False):
