@@ -103,8 +103,9 @@ def test_in_a_world_of_two_pictures_every_sampler_finds_both(sampler, diffusion)
 
 
 def test_the_best_possible_loss_is_as_the_text_says():
-    text = Path(cd.__file__).read_text().split("possible loss is known:")[1][:150]
+    text = re.split(r"best[\s#]+possible", Path(cd.__file__).read_text())[1][:120]
     told = re.findall(r"([\d.]+)[\s#]+at[\s#]+t = (\d+)", text)
+    torch.manual_seed(0)
     x0 = torch.where(torch.rand(1, 1, 1000, 1000) < 0.75, 1.0, -1.0).double()
     for loss, t in told:
         got = LINEAR.loss(TwoPictures(LINEAR), x0, torch.tensor([int(t)]), torch.randn_like(x0))
@@ -218,12 +219,17 @@ def test_a_training_step_is_algorithm_1(monkeypatch):
 
 def test_muon_is_torchs_own_for_matrices_and_convolutions_and_adam_for_the_rest():
     torch.manual_seed(0)
-    shapes, lr = [(16, 40), (40, 16), (8, 6, 3, 3), (3, 8, 3, 3), (16,)], 0.01
-    ours = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+    model, lr = nn.Module(), 0.01
+    model.layers = nn.ModuleList([nn.Linear(40, 16), nn.Linear(16, 40), nn.Conv2d(6, 8, 3)])
+    model.conv_out, model.frozen = nn.Conv2d(8, 3, 3), nn.Linear(9, 9)
+    model.frozen.requires_grad_(False)
+    ours = [p for p in model.parameters() if p.requires_grad]
     theirs = [nn.Parameter((p.flatten(1) if p.dim() > 1 else p).detach().clone()) for p in ours]
-    muon = torch.optim.Muon(theirs[:3], lr, weight_decay=0, adjust_lr_fn="match_rms_adamw")
-    adam = torch.optim.Adam(theirs[3:], lr, betas=(0.95, 0.999))
-    optimizer = cd.Muon(ours, ours[:3], lr=torch.tensor(lr), betas=(0.95, 0.999), fused=True)
+    matrices = [p for p in theirs[:6] if p.dim() > 1]  # not of the last layer
+    muon = torch.optim.Muon(matrices, lr, weight_decay=0, adjust_lr_fn="match_rms_adamw")
+    rest = [p for p in theirs if not any(p is q for q in matrices)]
+    adam = torch.optim.Adam(rest, lr, betas=(0.95, 0.999))
+    optimizer = cd.Muon(model, lr=torch.tensor(lr), fused=True)
     for _ in range(4):
         for p, q in zip(ours, theirs):
             p.grad = torch.randn(p.shape)
@@ -232,12 +238,6 @@ def test_muon_is_torchs_own_for_matrices_and_convolutions_and_adam_for_the_rest(
             each.step()
     for p, q in zip(ours, theirs):  # torch's works in bf16 throughout, of steps of about 0.01
         torch.testing.assert_close(p.view(q.shape), q, rtol=0, atol=1.5e-3)
-    model = small_unet()
-    model.conv_in.weight.requires_grad_(False)  # frozen: passed over
-    matrices = {id(p) for p in cd.build_optimizer("muon", model, CPU).matrices}
-    named = {name for name, p in model.named_parameters() if id(p) in matrices}
-    assert "down.0.conv1.weight" in named and "middle.0.attention.q.weight" in named
-    assert not {"conv_in.weight", "conv_out.weight", "norm_out.weight"} & named
 
 
 def test_a_step_is_no_longer_than_1_and_left_out_if_not_finite():
@@ -537,10 +537,11 @@ def test_a_stop_finishes_the_step_and_saves_but_a_second_ctrl_c_ends_at_once(nam
         return train_step(*rest)
 
     monkeypatch.setattr(cd, "train_step", press)
-    before = signal.getsignal(number)
+    before = signal.signal(number, signal.default_int_handler)  # it may have been ignored
     assert run("train", *SMALL, "--steps", 6, "--run", "r") == 130
     assert torch.load("r/checkpoint.pt", weights_only=True)["step"] == 3
-    assert run("train", "--run", "r") == 130 and signal.getsignal(number) == before
+    assert run("train", "--run", "r") == 130
+    assert signal.signal(number, before) is signal.default_int_handler
     step = torch.load("r/checkpoint.pt", weights_only=True)["step"]
     assert step == (3 if name == "SIGINT" else 5)
     for _ in range(2):  # to its end, and then there is nothing left to do
