@@ -50,7 +50,6 @@ import sys
 import time
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -718,11 +717,10 @@ def load_pictures(folders, size, run):
     files = [Path(f"{path}{end}") for path in paths for end in ("", ".cat")]
     stats = [(f"{f}", f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.exists()]
     # The file's name changes with all that its content depends on, the code that reads included.
-    code = inspect.getsource(read_picture) + inspect.getsource(face_box)
-    cache = Path(run, f"pictures-{seed_from(stats, size, COLOURS, code):08x}.u8")
+    name = seed_from(stats, size, COLOURS, inspect.getsource(read_picture))
+    cache = Path(run, f"pictures-{name:08x}.u8")
     if RANK == 0 and not cache.exists():  # one process decodes for all,
-        with whole_file(cache) as file:
-            file.writelines(decode_pictures(paths, size))
+        write_whole(cache, decode_pictures(paths, size))
     while not cache.exists():  # and the others wait
         time.sleep(1)
     # Shared: for a private mapping the system would set aside memory for the whole file.
@@ -732,7 +730,8 @@ def load_pictures(folders, size, run):
 
 def find_pictures(folders):
     """All picture files below `folders`, but hidden ones: real paths, once each, sorted."""
-    found, seen, todo = set(), set(), list(folders)
+    found, seen = set(), set()
+    todo = list(folders)
     while todo:
         folder = Path(todo.pop()).resolve()
         require(folder.is_dir(), f"{folder}: no such folder")
@@ -769,11 +768,23 @@ def decode_pictures(paths, size):
 
 
 def read_picture(path, size):
-    """One file -> bytes of (3, size, size), upright, white behind it. Raises as Pillow does."""
+    """One file -> bytes of (3, size, size), upright, white behind it. Raises as Pillow does.
+
+    Beside each picture the CAT dataset (Zhang, Sun, Tang 2008) has a file that marks the eyes, the
+    mouth and three points on each ear, as "9 x1 y1 ... x9 y9": then we take the face alone.
+    """
     with Image.open(path, formats=("JPEG", "PNG", "WEBP", "BMP", "GIF")) as image:
         require(image.mode[0] != "I", "grey of 16 bit, which would come out white")
         if os.path.exists(f"{path}.cat"):
-            image = image.crop(face_box(path, *image.size))
+            nine, *points = map(int, Path(f"{path}.cat").read_text().split())
+            xs, ys = points[0::2], points[1::2]  # in pixels of the picture
+            w, h = max(xs) - min(xs), max(ys) - min(ys)  # of the face
+            require(nine == 9 and len(points) == 18 and min(w, h) > 8, f"{path}.cat marks no face")
+            side = min(1.25 * max(w, h), *image.size)  # a little more than the points, but inside
+            left = min(max((min(xs) + max(xs) - side) / 2, 0), image.width - side)
+            top = (min(ys) + max(ys) - side) / 2 + 0.1 * h  # room for a chin
+            top = min(max(top, 0), image.height - side)
+            image = image.crop((left, top, left + side, top + side))
         # A JPEG can be decoded at 1/2, 1/4 or 1/8 of its size, for a fraction of the time; but
         # below three times what we need, its fur would come out blurred, or with a false grain.
         image.draft(None, [math.ceil(3 * side * size / min(image.size)) for side in image.size])
@@ -786,22 +797,6 @@ def read_picture(path, size):
 def to_bytes(image):
     """A PIL image -> bytes of (3, H, W)."""
     return b"".join(band.tobytes() for band in image.convert(COLOURS).split())
-
-
-def face_box(path, width, height):
-    """The square around a cat's face, by landmarks: (left, top, right, bottom) inside the picture.
-
-    Beside each picture the CAT dataset (Zhang, Sun, Tang 2008) has a file that marks the eyes, the
-    mouth and three points on each ear, as "9 x1 y1 ... x9 y9".
-    """
-    nine, *points = map(int, Path(f"{path}.cat").read_text().split())
-    xs, ys = points[0::2], points[1::2]  # in pixels of the picture
-    w, h = max(xs) - min(xs), max(ys) - min(ys)  # of the face
-    require(nine == 9 and len(points) == 18 and min(w, h) > 8, f"{path.name}.cat marks no face")
-    side = min(1.25 * max(w, h), width, height)  # a little more than the points, but inside
-    left = min(max((min(xs) + max(xs) - side) / 2, 0), width - side)
-    top = min(max((min(ys) + max(ys) - side) / 2 + 0.1 * h, 0), height - side)  # room for a chin
-    return left, top, left + side, top + side
 
 
 def draw_cat(rng, size):
@@ -834,49 +829,45 @@ def draw_cat(rng, size):
 def train(args, pictures=None):
     """Train as `args`, from settings(), say; resume if the run has a checkpoint. Returns the State.
 
-    pictures: uint8 (N, 3, size, size), instead of those in args.data; the size is then theirs.
-    Raises Failure, OSError.
+    pictures: uint8 (N, 3, size, size), instead of args.data. Raises Failure, OSError.
     """
+    device = pick_device(args.device)
     if pictures is not None:
         require(pictures.dtype == torch.uint8, "pictures must be uint8, (N, 3, size, size)")
         args = settings(**vars(args) | {"size": pictures.shape[-1]})
-    device = pick_device(args.device)
+    else:
+        pictures = load_pictures(args.data, args.size, args.run)
     set_seed(device, args.seed)  # the same network each time
-    model, diffusion = build(args, device)
-    state = State(model, EMA(model, args.ema), build_optimizer(args.optimizer, model, device))
+    state = State(args, device)
     checkpoint = Path(args.run, "checkpoint.pt")
     if checkpoint.exists():
         state.load(checkpoint)
-    if pictures is None:
-        pictures = load_pictures(args.data, args.size, args.run)
     few = " (few: the network may repeat them)" if len(pictures) < 1000 else ""
     show(f"{len(pictures)} pictures of {args.size} px{few}; on {device}; previews go to {args.run}")
-    model = over_processes(model, args.accum)
-    meter = Meter(device, 10)
-    choose_t = LEVELS[args.levels]
-    next_preview = time.perf_counter() + 60 * min(1, args.every)  # the first after a minute
+    model = over_processes(state.model, args.accum)
+    next_preview = state.since + 60 * min(1, args.every)  # the first after a minute
     with stop_requests() as asked:  # a training step is always finished
-        while state.step < args.steps and not anywhere(asked):
+        while state.step < args.steps and not asked():
+            choose_t = LEVELS[args.levels]
             batch = get_batch(pictures, state.step, args.batch, args.seed, choose_t, device)
-            rate = learning_rate(state.step, args.steps, args.lr)
-            for group in state.optimizer.param_groups:
-                group["lr"] = torch.tensor(rate).to(device)
-            loss = train_step(model, diffusion, state.optimizer, over_cores(batch), args.accum)
+            rate = torch.tensor(learning_rate(state.step, args.steps, args.lr)).to(device)
+            state.optimizer.param_groups[0]["lr"] = rate
+            batch = over_cores(batch)
+            loss = train_step(model, state.diffusion, state.optimizer, batch, args.accum)
             state.ema.update(state.model, state.step)
             end_of_step(device)
             state.step += 1
-            meter.add(loss, state.optimizer.param_groups[0]["lr"] > 0)  # 0: see skip_broken_step
             due = state.step == args.steps or time.perf_counter() >= next_preview
-            recorded = meter.report(state, args, due)
-            if RANK == 0 and due:
-                state.save(checkpoint, args)
-                preview(state, args, diffusion, pictures)
-                next_preview = time.perf_counter() + 60 * args.every
-            if recorded:
-                meter = Meter(device, 30)
+            state.report(args, loss, due)
+            if due:
+                if RANK == 0:
+                    state.save(checkpoint, args)
+                    preview(state, args, pictures)
+                state.since = time.perf_counter()  # previews do not count
+                next_preview = state.since + 60 * args.every
         if RANK == 0:
             state.save(checkpoint, args)
-        anywhere(asked)  # nobody leaves before it is saved
+        asked()  # nobody leaves before it is saved
     if state.step < args.steps:
         show(f"stopped and saved at step {state.step}; the same command resumes")
     else:
@@ -886,93 +877,118 @@ def train(args, pictures=None):
 
 
 def learning_rate(step, steps, peak):
-    """Up in the first 200 steps, while Adam's averages are young; down to 0 in the last fifth.
-
-    NOTE the paper keeps its rate after a warm-up. Falling lets the network settle; that is worth
-    much without the average of the weights, and little with it.
-    """
+    """Up in the first 200 steps, while Adam's averages are young; down to 0 in the last fifth."""
+    # NOTE the paper keeps its rate after a warm-up. Falling lets the network settle.
     return peak * min(1, (step + 1) / 200, (steps - step) / steps * 5)
 
 
-class Meter:
-    """The status line. It goes by the clock of this process alone.
+class State:
+    """All that changes in a run; and the status line, by the clock of this process alone."""
 
-    The losses stay on the device: to look at them means to wait for it, so once a second at most.
-    """
-
-    def __init__(self, device, seconds):  # until the next record in the log
-        self.sums = torch.zeros(2, device=device)  # of the losses since then; their number
-        self.steps = 0
+    def __init__(self, args, device):
+        self.model, self.diffusion = build(args, device)
+        self.ema = EMA(self.model, args.ema)
+        self.optimizer = build_optimizer(args.optimizer, self.model, device)
+        self.parts = {"model": self.model, "ema": self.ema.model, "optimizer": self.optimizer}
+        self.step = 0  # training steps made
+        self.seconds = 0.0  # of training
+        self.log = []  # a dict for each record
+        self.losses = []  # since the last record; NaN if the step was skipped
         self.since = self.next_line = time.perf_counter()
-        self.next_record = self.since + seconds
+        self.next_record = self.since + 10
 
-    def add(self, loss, good):
-        """Count one training step. good: False if it was skipped."""
-        self.sums += torch.stack([torch.where(good, loss, 0.0), good.float()])
-        self.steps += 1
+    def save(self, path, args):
+        """Write it to one file, with the settings; all or nothing."""
+        data = {"settings": vars(args), "step": self.step, "seconds": self.seconds, "log": self.log}
+        data |= {name: part.state_dict() for name, part in self.parts.items()}
+        buffer = io.BytesIO()  # torch, writing to a full disk itself, may end the whole process
+        torch.save(data, buffer)
+        write_whole(path, [buffer.getbuffer()])
 
-    def report(self, state, args, due):
-        """If it is time, show the line; add to state.log, then return True. Failure if all fail."""
+    def load(self, path):
+        """Read it back. Raises Failure if the file is damaged."""
+        with open_checkpoint(path) as saved:
+            # Adam's averages are those of the run; whether it is fused depends on this device.
+            saved["optimizer"]["param_groups"] = self.optimizer.state_dict()["param_groups"]
+            for name, part in self.parts.items():
+                part.load_state_dict(saved[name])
+            self.step = saved["step"]
+            self.seconds = saved["seconds"]
+            self.log = saved["log"]
+
+    def report(self, args, loss, due):
+        """Note the loss of a step. When it is time, show the line; every 30 s, or if due, log."""
+        good = self.optimizer.param_groups[0]["lr"] > 0  # 0: see skip_broken_step
+        self.losses.append(torch.where(good, loss, math.nan))  # stays on the device
         now = time.perf_counter()
         if now < self.next_line and not due:
-            return False
-        self.next_line = now + 1
-        total, good = self.sums.tolist()
-        message = (
-            f"{self.steps} steps in a row were not finite: resume {args.run} with a smaller --lr"
-        )
-        require(good or self.steps < 50, message)
-        record_due = good and (due or now >= self.next_record)
-        loss = total / good if good else math.nan
-        speed = self.steps / (now - self.since)
-        text = f"step {state.step} of {args.steps}, loss {loss:.4f}, {speed * args.batch:.0f} "
-        text += f"pictures/s, {(args.steps - state.step) / speed / 60:.0f} min left"
-        show(text, passing=sys.stdout.isatty() or not record_due)
-        if record_due:
-            state.seconds += now - self.since
-            record = {"step": state.step, "minutes": state.seconds / 60, "loss": loss}
-            state.log.append(record | {"skipped": self.steps - good})
-        return record_due
+            return
+        self.next_line = now + 1  # at most once a second, as this waits for the device
+        self.losses = [float(loss) for loss in self.losses]
+        finite = [loss for loss in self.losses if math.isfinite(loss)]
+        count = len(self.losses)
+        require(finite or count < 50, f"{count} steps in a row not finite: take a smaller --lr")
+        recorded = finite and (due or now >= self.next_record)
+        loss = sum(finite) / len(finite) if finite else math.nan
+        speed = count / (now - self.since)
+        text = f"step {self.step} of {args.steps}, loss {loss:.4f}, {speed * args.batch:.0f} "
+        text += f"pictures/s, {(args.steps - self.step) / speed / 60:.0f} min left"
+        show(text, passing=sys.stdout.isatty() or not recorded)
+        if recorded:
+            self.seconds += now - self.since
+            record = {"step": self.step, "minutes": self.seconds / 60, "loss": loss}
+            self.log.append(record | {"skipped": count - len(finite)})
+            self.losses = []
+            self.since = now
+            self.next_record = now + 30
 
 
-def preview(state, args, diffusion, pictures):
+def preview(state, args, pictures):
     """Show how far the network has come. Nothing that goes wrong here ends the run.
 
-    Makes previews/STEP.png, always the same 16 pictures; reconstruction.png; loss.png; log.jsonl.
-    Mean and spread of samples and data go to the log: pale colours show there first.
+    previews/STEP.png: always the same 16 pictures. reconstruction.png: what the network makes of a
+    photo, the more of it is drowned in noise. loss.png: the loss on a logarithmic axis. log.jsonl.
     """
     folder = Path(args.run)
+    model, diffusion = state.ema.model, state.diffusion
     try:
-        *_, (_, _, x0_hat) = sample(state.ema.model, diffusion, 16)
+        *_, (_, _, x0_hat) = sample(model, diffusion, 16)
+        (folder / "previews").mkdir(exist_ok=True)
+        make_grid(x0_hat).save(folder / "previews" / f"{state.step:06}.png")
+
+        # The mean and spread of both: pale colours show there first.
         data = as_floats(pictures[:: len(pictures) // 500 + 1]).to(x0_hat.device)  # up to 500
         about = {"step": state.step}
         for name, x in (("sample", x0_hat), ("data", data)):
             about |= {f"{name}_mean": x.mean().item(), f"{name}_std": x.std().item()}
         state.log.append(about)
-        (folder / "previews").mkdir(exist_ok=True)
-        make_grid(x0_hat).save(folder / "previews" / f"{state.step:06}.png")
-        sheet = reconstruct(state.ema.model, diffusion, data[:1])
-        sheet.save(folder / "reconstruction.png")
-        loss_curve(state.log).save(folder / "loss.png")
         (folder / "log.jsonl").write_text("\n".join(map(json.dumps, state.log)))
+
+        # The photo, and one column each for 1, 3, 5, 7 and 9 tenths of T: x_t; x0_hat after one
+        # call; and the picture at the end of the whole way back from there.
+        x0 = data[:1]
+        columns = [torch.cat([x0, x0, x0])]
+        for t in (diffusion.timesteps * tenths // 10 for tenths in (1, 3, 5, 7, 9)):
+            eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(t)).to(x0.device)
+            x_t = diffusion.q_sample(x0, torch.tensor([t]).to(x0.device), eps)
+            way = [x0_hat for _, _, x0_hat in sample(model, diffusion, 1, start=(t, x_t))]
+            columns.append(torch.cat([x_t, way[0], way[-1]]))
+        sheet = torch.stack(columns, 1).flatten(0, 1)  # row by row
+        make_grid(sheet, len(columns)).save(folder / "reconstruction.png")
+
+        records = [(record["step"], record["loss"]) for record in state.log if "loss" in record]
+        steps, losses = torch.tensor(records).T
+        heights = losses.log() - losses.log().min()
+        xs = 20 + 600 * steps / steps[-1]
+        ys = 380 - 340 * heights / (heights.max() + 0.01)
+        image = Image.new("RGB", (640, 400), "white")
+        pen = ImageDraw.Draw(image)
+        pen.line(torch.stack([xs, ys], 1).flatten().tolist(), "black", 2)
+        title = f"loss from {losses.max():.4f} (top) to {losses.min():.4f}, {state.step} steps"
+        pen.text((20, 10), title, "black")
+        image.save(folder / "loss.png")
     except Exception as e:
         show(f"no preview at step {state.step}: {e!r}")
-
-
-def reconstruct(model, diffusion, x0):
-    """What the network makes of a picture x0 (1, 3, H, W), the more of it is drowned in noise.
-
-    A sheet of three rows, each with x0 in front: x_t at 1, 3, 5, 7 and 9 tenths of T; x0_hat after
-    one call; and the picture at the end of the whole way back from there.
-    """
-    noisy, estimates, ends = [x0], [x0], [x0]
-    for t in (diffusion.timesteps * tenths // 10 for tenths in (1, 3, 5, 7, 9)):
-        eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(t)).to(x0.device)
-        noisy.append(diffusion.q_sample(x0, torch.tensor([t]).to(x0.device), eps))
-        way = [x0_hat for _, _, x0_hat in sample(model, diffusion, 1, start=(t, noisy[-1]))]
-        estimates.append(way[0])
-        ends.append(way[-1])
-    return make_grid(torch.cat(noisy + estimates + ends), columns=6)
 
 
 # ---- Sample ------------------------------------------------------------------------------------
@@ -986,9 +1002,8 @@ def sample(
 ):
     """Make pictures first .. first+n-1 of `seed`; yields (t, x_t, x0_hat) once per network call.
 
-    t: int, T-1 at first. x_t and x0_hat: (n, 3, size, size); the last x0_hat is the result. steps:
-    network calls; None: as many as is usual. start: a (t, x_t) to begin with, not pure noise. cond:
-    what else the model takes. Raises KeyError if there is no such sampler.
+    x_t and x0_hat: (n, 3, size, size); the last x0_hat is the result. steps: network calls; None:
+    as is usual. start: a (t, x_t) to begin with, not pure noise. cond: what else the model takes.
     """
     device = next(model.parameters()).device
     # Each picture has its own source of noise, and on the CPU: so it is the same picture, up to
@@ -1019,21 +1034,42 @@ def write_samples(args):
     shipped = Path(__file__).parent / "samples" / "catdiffusion.pt"
     args.checkpoint = args.checkpoint or str(max(runs, key=os.path.getmtime, default=shipped))
     args.steps = args.steps or SAMPLERS[args.sampler].calls
-    model, diffusion, step = load_checkpoint(args.checkpoint, pick_device(args.device))
+    model, diffusion, args.step = load_checkpoint(args.checkpoint, pick_device(args.device))
     judge = make_judge() if args.best_of > 1 else None  # first: it may not be there
     training = find_pictures([args.nearest]) if args.nearest else None
-    show(f"sampling with {args.checkpoint}, step {step}")
+    show(f"sampling with {args.checkpoint}, step {args.step}")
     if args.out.endswith("/") or Path(args.out).is_dir():
-        args.out += "/cat"
+        args.out = str(Path(args.out, "cat"))
     stem = f"{args.out}-{args.seed}"
-    files, frames = [], []  # that we wrote; of the film
-    kept = []  # (number, picture): for the sheet, or to choose from
+    begun = time.perf_counter()
+    frames = []
+    pairs = make_pictures(args, model, diffusion, frames)  # each is written as soon as it is made
+    if judge:
+        pairs = list(pairs)
+        parts = torch.stack([picture for _, picture in pairs]).split(64)
+        chances = torch.cat([judge(part / 2 + 0.5) for part in parts])
+        best = chances[:, 281:286].sum(1).topk(args.n).indices  # ImageNet's five kinds of cat
+        pairs = [pairs[i] for i in best]
+    files, shown = [], []
+    for number, picture in pairs:
+        about = vars(args) | {"number": number}
+        files.append(save_new(to_images(picture[None])[0], f"{stem}-{number:04}.png", about))
+        if len(shown) < 400:  # enough for a sheet
+            shown.append(picture)
+    x0 = torch.stack(shown)
+    files.append(save_new(make_grid(x0), f"{stem}-grid.png", vars(args)))
+    if training:
+        files.append(save_new(beside_nearest(x0, training), f"{stem}-nearest.png", vars(args)))
+    if frames:
+        files.append(f"{stem}.gif")
+        times = [80] * (len(frames) - 1) + [3000]  # milliseconds: it rests on the last
+        frames[0].save(files[-1], save_all=True, append_images=frames[1:], duration=times, loop=0)
+    show(f"{args.n} pictures in {time.perf_counter() - begun:.1f} s:")
+    show("\n".join(map(quoted, files)))
 
-    def write(pairs):
-        for number, picture in pairs:
-            about = vars(args) | {"number": number, "step": step}
-            files.append(save_new(to_images(picture[None])[0], f"{stem}-{number:04}.png", about))
 
+def make_pictures(args, model, diffusion, frames):
+    """Yield (number, picture) for all that `args` ask for; put those of the film into `frames`."""
     begun = time.perf_counter()
     numbers = range(args.first, args.first + args.n * args.best_of)
     for start in range(0, len(numbers), args.batch):
@@ -1043,50 +1079,26 @@ def write_samples(args):
             done = (start + len(some) * k / args.steps) / len(numbers)
             left = (time.perf_counter() - begun) * (1 - done) / done
             show(f"pictures {some[0]} to {some[-1]}, call {k}, {left:.0f} s left", passing=True)
-            shown = k % math.ceil(args.steps / 50) == 0 or k == args.steps
-            if args.gif and start == 0 and shown:
+            filmed = k % math.ceil(args.steps / 50) == 0 or k == args.steps
+            if args.gif and start == 0 and filmed:
                 frames.append(make_grid(torch.cat([x_t, x0_hat], 3)))  # side by side
-        pairs = list(zip(some, x0_hat.cpu()))
-        kept += pairs
-        if not judge:
-            write(pairs)
-            kept = kept[:400]  # enough for the sheet
-    if judge:
-        parts = torch.stack([picture for _, picture in kept]).split(64)
-        chances = torch.cat([judge(part / 2 + 0.5) for part in parts])
-        best = chances[:, 281:286].sum(1).topk(args.n).indices  # ImageNet's five kinds of cat
-        kept = [kept[i] for i in best]
-        write(kept)
-    x0 = torch.stack([picture for _, picture in kept[:400]])
-    sheets = [save_new(make_grid(x0), f"{stem}-grid.png", vars(args))]
-    if training:
-        sheets.append(save_new(beside_nearest(x0, training), f"{stem}-nearest.png", vars(args)))
-    if frames:
-        sheets.append(save_film(frames, f"{stem}.gif"))
-    show(f"{args.n} pictures in {time.perf_counter() - begun:.1f} s:")
-    show("\n".join(map(quoted, sheets + files)))
+        yield from zip(some, x0_hat.cpu())
 
 
 def make_judge():
-    """A function: pictures (B, 3, H, W) in [0, 1] -> what they show, chances of 1000 classes.
-
-    The judge is torchvision's MobileNetV3 (Howard et al. 2019, arXiv:1905.02244), trained on
-    ImageNet. Its weights (22 MB) are downloaded once.
-    """
+    """A function: pictures (B, 3, H, W) in [0, 1] -> chances of ImageNet's 1000 classes."""
     from torchvision.models import MobileNet_V3_Large_Weights, mobilenet_v3_large
 
     weights = MobileNet_V3_Large_Weights.IMAGENET1K_V2
-    show(f"--best-of: loading {weights.url}")
+    show(f"--best-of: loading {weights.url}")  # 22 MB, once
     network = mobilenet_v3_large(weights=weights)
-    judge = nn.Sequential(weights.transforms(), network, nn.Softmax(1))
-    return judge.eval().requires_grad_(False)
+    return nn.Sequential(weights.transforms(), network, nn.Softmax(1)).eval().requires_grad_(False)
 
 
 def beside_nearest(x, paths):
     """A sheet of pairs: each picture of x (M, 3, H, W), and the nearest of those in the files.
 
-    Has the network learned cats, or these by heart? The distance is Euclid's, over all pixels, to
-    the picture or its mirror image, for training shows both.
+    Euclid's distance, over all pixels, to the picture or its mirror image: training shows both.
     """
     raw = bytearray().join(decode_pictures(paths, x.shape[-1]))
     pictures = torch.frombuffer(raw, dtype=torch.uint8).view(-1, *x.shape[1:])
@@ -1105,7 +1117,7 @@ LEARNED = "size", "channels", "mults", "blocks", "attention", "schedule", "predi
 
 
 class Failure(argparse.ArgumentTypeError):
-    """Something the user can mend: main() prints it in one line, and argparse does not touch it."""
+    """Something the user can mend: main() prints it in one line."""
 
 
 def require(holds, message):
@@ -1181,48 +1193,39 @@ def parser(**defaults):
     return top
 
 
-def as_words(given):
-    """Settings by name -> the words of a command line. None stands for nothing."""
-    words = []
-    for name, value in given.items():
-        if value is not None:
-            values = value if isinstance(value, (list, tuple)) else [value]
-            words += [f"--{name}", *map(str, values)]
-    return words
-
-
-def settings(**given):
-    """All settings of `train`, completed and checked; None means: choose for me.
-
-    Raises Failure for what the command line would not take.
-    """
-    return complete(["train", *as_words(given)])
-
-
-def complete(words):
-    """The settings that a command line of `train` means. Raises Failure if they do not fit.
+def settings(*words, **given):
+    """All settings of `train`, completed and checked: from a command line's words, or by name.
 
     The rule of resuming: what was typed beats what the run in its folder has, and that beats the
-    defaults. But what the weights have learned with stays.
+    defaults. But what the weights have learned with stays. Raises Failure.
     """
-    args = parser().parse_args(words)
-    args.run = args.run or ("run" if args.data else "run-drawn")
-    path = Path(args.run, "checkpoint.pt")
+
+    def as_words(name, value):
+        values = value if isinstance(value, (list, tuple)) else [value]
+        return [f"--{name}", *map(str, values)]
+
+    words = ["train", *words]
+    for name, value in given.items():
+        if value is not None:  # which means: choose for me
+            words += as_words(name, value)
+    typed = parser().parse_args(words)
+    typed.run = typed.run or ("run" if typed.data else "run-drawn")
+    path = Path(typed.run, "checkpoint.pt")
+    saved = {}
     if path.exists():
         with open_checkpoint(path) as checkpoint:
-            old = checkpoint["settings"]
-            names = [name for name in vars(args) if name in old and name not in ("run", "device")]
-            saved = {name: old[name] for name in names}
-        args = parser(**saved | {"data": None, "run": args.run}).parse_args(words)
-        args.data = args.data or saved["data"]
-        changed = {name: saved[name] for name in names if vars(args)[name] != saved[name]}
-        wrong = as_words({name: changed[name] for name in LEARNED if name in changed})
-        message = f"{path} has learned with {' '.join(wrong)}: leave that, or choose another --run"
-        require(not wrong, message)
-        if "optimizer" in changed and "lr" not in changed:
-            args.lr = None  # the rate goes with the optimizer
-        for name, was in changed.items():
-            show(f"{' '.join(as_words({name: vars(args)[name]}))}, was {was}")
+            saved = {k: value for k, value in checkpoint["settings"].items() if k in typed}
+    saved |= {"run": typed.run, "device": typed.device}
+    args = parser(**saved | {"data": None}).parse_args(words)  # argparse would add to the folders
+    args.data = args.data or saved.get("data")
+    changed = {name: was for name, was in saved.items() if vars(args)[name] != was}
+    wrong = [word for name in LEARNED if name in changed for word in as_words(name, changed[name])]
+    message = f"{path} has learned with {' '.join(wrong)}: leave that, or choose another --run"
+    require(not wrong, message)
+    for name, was in changed.items():
+        show(f"{' '.join(as_words(name, vars(args)[name]))}, was {was}")
+    if "optimizer" in changed:
+        args.lr = typed.lr  # the rate goes with the optimizer
     del args.command
     args.size = args.size or (64 if args.data else 32)
     args.steps = args.steps or (50_000 if args.data else 2_000)  # many hours; some minutes
@@ -1233,8 +1236,8 @@ def complete(words):
     sides = [args.size >> floor for floor in range(len(args.mults))]  # 64, 32, 16, 8
     if args.attention is None:  # only the largest map of at most 16 px
         args.attention = [side for side in sides if side <= 16][:1]
-    message = f"--size {args.size}: cannot be halved {len(sides) - 1} times; or other --mults"
-    require(args.size % 2 ** (len(sides) - 1) == 0, message)
+    halvings = len(sides) - 1
+    require(args.size % 2**halvings == 0, f"--size {args.size}: cannot be halved {halvings} times")
     require(set(args.attention) <= set(sides), f"--attention: the maps have only the sides {sides}")
     require(args.channels % 4 == 0, f"--channels {args.channels}: must be a multiple of 4")
     parts = args.accum * WORLD_SIZE
@@ -1250,17 +1253,17 @@ def main(argv=None):
         if args.command == "sample":
             write_samples(args)
             return 0
-        args = complete(argv)
+        args = settings(*argv[1:])
         return 0 if train(args).step >= args.steps else 130  # as after Ctrl-C
     except KeyboardInterrupt:
         message, code = "interrupted", 130
     except Exception as e:
-        message, code = e, 2
+        message, code = f"{e}", 2
         if out_of_memory(e):
             message = "out of memory: train with more --accum, sample with less --batch"
         elif not isinstance(e, (Failure, OSError)):  # OSError: the disk is full, ...
             raise  # a bug
-    print("catdiffusion:", " ".join(f"{message}".split())[:400], file=sys.stderr)
+    print("catdiffusion:", " ".join(message.split())[:400], file=sys.stderr)
     return code
 
 
@@ -1335,14 +1338,26 @@ def autocast(device):
 def build(args, device):
     """The network and the diffusion that the settings describe, on `device`."""
     model = UNet(args.size, args.channels, args.mults, args.blocks, args.attention, args.dropout)
-    # In bf16, convolutions are fastest with the channels last in memory.
-    layout = torch.channels_last if uses_bf16(device) else torch.contiguous_format
+    # In bf16 a GPU is fastest with the channels last in memory; a CPU's group norm is slow so.
+    last = uses_bf16(device) and device.type != "cpu"
+    layout = torch.channels_last if last else torch.contiguous_format
     diffusion = PREDICTIONS[args.prediction](SCHEDULES[args.schedule]())
     return model.to(device, memory_format=layout), diffusion.to(device)
 
 
 def build_optimizer(name, model, device):
-    """The optimizer of that name, for parameters on `device`; its steps go by skip_broken_step."""
+    """The optimizer of that name, for parameters on `device`; it leaves broken steps out."""
+
+    def skip_broken_step(optimizer, args, kwargs):
+        # If a gradient is not finite, all gradients and the rate become 0. Nobody waits for the
+        # device: rate 0 is how the training loop learns of it.
+        group = optimizer.param_groups[0]  # there is one
+        gradients = [p.grad for p in group["params"] if p.grad is not None]
+        finite = nn.utils.get_total_norm(gradients).isfinite()  # True or False, on the device
+        for gradient in gradients:
+            gradient.nan_to_num_(0, 0, 0)
+        group["lr"] = group["lr"] * finite
+
     # Adam's update is one kernel where torch has one (fused). On a TPU the step counter must be a
     # tensor, too (capturable): a number would be compiled into the program. So is the rate.
     xla = device.type == "xla"
@@ -1352,20 +1367,6 @@ def build_optimizer(name, model, device):
     return optimizer
 
 
-def skip_broken_step(optimizer, args, kwargs):
-    """Called before each optimizer step: if a gradient is not finite, gradients and rate become 0.
-
-    Nobody waits for the device: rate 0 is how the training loop learns of it.
-    """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    finite = nn.utils.get_total_norm(gradients).isfinite()  # True or False, on the device
-    for gradient in gradients:
-        gradient.nan_to_num_(0, 0, 0)
-    for group in optimizer.param_groups:
-        group["lr"] = group["lr"] * finite
-
-
 def end_of_step(device):
     """A TPU only notes operations down; this is where it runs them, as one compiled program."""
     if device.type == "xla":
@@ -1373,10 +1374,7 @@ def end_of_step(device):
 
 
 def over_cores(batch):
-    """The tensors of a batch; on a TPU, cut into one part for each core of the host.
-
-    torch_xla's compiler does the rest: every core works on its part, and gradients are summed.
-    """
+    """The tensors of a batch; on a TPU, cut into one part for each core of the host."""
     if batch[0].device.type == "xla":
         from torch_xla.distributed import spmd
 
@@ -1401,14 +1399,6 @@ def over_processes(model, accum):
     return model
 
 
-def anywhere(asked):
-    """Whether `asked` holds in any process. All wait for each other here."""
-    answer = torch.tensor(float(bool(asked)))
-    if WORLD_SIZE > 1:
-        torch.distributed.all_reduce(answer)  # the sum
-    return answer > 0
-
-
 def seed_from(*parts):
     """A seed that is a function of `parts`, say (seed, step)."""
     return random.Random(repr(parts)).getrandbits(32)
@@ -1429,27 +1419,30 @@ def out_of_memory(error):
 
 @contextlib.contextmanager
 def stop_requests():
-    """Inside, Ctrl-C, SIGTERM and a closed terminal do not kill: they go into the list it yields.
+    """Inside, Ctrl-C, SIGTERM and a closed terminal do not kill, but a second Ctrl-C does.
 
-    A second Ctrl-C ends the program at once.
+    Yields asked(): whether one of them came, in any process; there all wait for each other.
     """
-    asked = []
+    received = []
 
     def note(number, frame):
-        if number == signal.SIGINT and number in asked:
+        if number == signal.SIGINT and number in received:
             raise KeyboardInterrupt
-        asked.append(number)
+        received.append(number)
 
-    before = {}
-    for number in {1, 2, 15} & signal.valid_signals():  # SIGHUP, SIGINT, SIGTERM; Windows has two
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup has it ignored
-            with contextlib.suppress(ValueError):  # only the main thread may do this
-                before[number] = signal.signal(number, note)
-    try:
+    def asked():
+        answer = torch.tensor(float(len(received)))
+        if WORLD_SIZE > 1:
+            torch.distributed.all_reduce(answer)  # the sum
+        return answer > 0
+
+    with contextlib.ExitStack() as at_the_end:
+        for number in {1, 2, 15} & signal.valid_signals():  # SIGHUP, SIGINT, SIGTERM; Windows: two
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup has it ignored
+                with contextlib.suppress(ValueError):  # only the main thread may do this
+                    before = signal.signal(number, note)
+                    at_the_end.callback(signal.signal, number, before)
         yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 # ---- Files -------------------------------------------------------------------------------------
@@ -1458,67 +1451,29 @@ def stop_requests():
 # only (weights_only), so a checkpoint from a stranger cannot run code.
 
 
-@contextlib.contextmanager
-def whole_file(path):
-    """Open a file to write. It takes the place of `path` only when it is whole and on the disk."""
+def write_whole(path, parts):
+    """Write bytes to a file; it takes its name only when it is whole and on the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")  # beside it
-    with open(part, "wb") as file:
-        yield file
+    new = path.with_name(f"{path.name}.part")  # beside it
+    with open(new, "wb") as file:
+        file.writelines(parts)
         file.flush()
         os.fsync(file.fileno())  # on the disk, not only in the system's memory
-    os.replace(part, path)  # all or nothing
+    os.replace(new, path)  # all or nothing
 
 
 def save_new(image, name, about):
     """Write a PNG with `about` as JSON in its text, never over another. Returns its path."""
-    path = Path(name)
-    for k in itertools.count(2):
-        if not path.exists() or Image.open(path).tobytes() == image.tobytes():
-            break
+    path, k = Path(name), 1
+    while path.exists() and Image.open(path).tobytes() != image.tobytes():
+        k += 1
         path = Path(name).with_stem(f"{Path(name).stem}-{k}")
     text = PngImagePlugin.PngInfo()  # PNG's own place for words
     text.add_text("catdiffusion", json.dumps(about))
-    with whole_file(path) as file:
-        image.save(file, "PNG", pnginfo=text)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", pnginfo=text)
+    write_whole(path, [buffer.getbuffer()])
     return path
-
-
-@dataclass
-class State:
-    """All that changes in a run."""
-
-    model: UNet
-    ema: EMA
-    optimizer: torch.optim.Optimizer
-    step: int = 0  # training steps made
-    seconds: float = 0.0  # of training
-    log: list = field(default_factory=list)  # a dict for each record
-
-    def parts(self):
-        """What has a state of its own, by its name in the file."""
-        return {"model": self.model, "ema": self.ema.model, "optimizer": self.optimizer}
-
-    def save(self, path, args):
-        """Write it all to one file, with the settings; all or nothing."""
-        saved = {"settings": vars(args), "step": self.step, "seconds": self.seconds}
-        saved["log"] = self.log
-        saved |= {name: part.state_dict() for name, part in self.parts().items()}
-        buffer = io.BytesIO()  # torch, writing to a full disk itself, may end the whole process
-        torch.save(saved, buffer)
-        with whole_file(path) as file:
-            file.write(buffer.getbuffer())
-
-    def load(self, path):
-        """Read it back. Raises Failure if the file is damaged."""
-        with open_checkpoint(path) as saved:
-            # Adam's averages are those of the run; whether it is fused depends on this device.
-            saved["optimizer"]["param_groups"] = self.optimizer.state_dict()["param_groups"]
-            for name, part in self.parts().items():
-                part.load_state_dict(saved[name])
-            self.step = saved["step"]
-            self.seconds = saved["seconds"]
-            self.log = saved["log"]
 
 
 @contextlib.contextmanager
@@ -1535,14 +1490,10 @@ def open_checkpoint(path):
 
 
 def load_checkpoint(path, device="cpu"):
-    """A trained network, ready for sample(): model with the averaged weights, diffusion, step.
-
-    path: a file that train wrote, or a folder in the layout of diffusers.
-    """
-    device = torch.device(device)
+    """A file of train's, or a folder of diffusers -> averaged network, diffusion, step."""
     with open_checkpoint(path) as saved:
-        learned = {name: saved["settings"][name] for name in LEARNED}
-        model, diffusion = build(argparse.Namespace(dropout=0.0, **learned), device)
+        args = argparse.Namespace(**saved["settings"] | {"dropout": 0.0})
+        model, diffusion = build(args, torch.device(device))
         model.load_state_dict(saved["ema"])
     return model.eval().requires_grad_(False), diffusion, saved["step"]
 
@@ -1552,12 +1503,10 @@ def load_checkpoint(path, device="cpu"):
 # with config.json and the weights, under the names of Hugging Face's diffusers.
 
 # Words in their names of weights, and ours.
-THEIR_WORDS = """
-    time_embedding.linear_1=time.0 time_embedding.linear_2=time.2 time_emb_proj=time
+THEIR_WORDS = """time_embedding.linear_1=time.0 time_embedding.linear_2=time.2 time_emb_proj=time
     conv_norm_out=norm_out conv_shortcut=shortcut group_norm=norm mid_block=middle_blocks.0
     samplers.0.conv=samplers.0 to_q=q to_k=k to_v=v to_out.0=out
-    query=q key=k value=v proj_attn=out
-"""
+    query=q key=k value=v proj_attn=out"""
 # What makes their UNet2DModel the paper's network.
 THEIR_CONFIG = {"_class_name": "UNet2DModel", "act_fn": "silu", "attention_head_dim": None}
 THEIR_CONFIG |= {"flip_sin_to_cos": False, "freq_shift": 1, "downsample_padding": 0}
@@ -1582,23 +1531,22 @@ def our_name(name, blocks):
 def read_folder(folder):
     """What State.save writes, as far as sampling needs it, from a folder of diffusers."""
     config = json.loads((folder / "config.json").read_text())
-    kinds = config["down_block_types"]
+    kinds, widths = config["down_block_types"], config["block_out_channels"]
+    size, blocks = config["sample_size"], config["layers_per_block"]
     foreign = [name for name, value in THEIR_CONFIG.items() if config[name] != value]
     foreign += set(kinds) - {"DownBlock2D", "AttnDownBlock2D"}  # blocks that we do not have
-    widths = config["block_out_channels"]
     require(not foreign and min(widths) > 127, f"{folder}: not the paper's network, {foreign}")
-    size, blocks = config["sample_size"], config["layers_per_block"]
     described = {"size": size, "blocks": blocks, "schedule": "linear", "prediction": "eps"}
     described["channels"] = widths[0]
     described["mults"] = [width // widths[0] for width in widths]
     described["attention"] = [size >> i for i, kind in enumerate(kinds) if "Attn" in kind]
-    file = folder / "diffusion_pytorch_model.bin"  # .safetensors is another format
-    weights = torch.load(file, "cpu", weights_only=True)
+    # Beside it there may be a .safetensors, which is another format.
+    weights = torch.load(folder / "diffusion_pytorch_model.bin", "cpu", weights_only=True)
     weights = {our_name(name, blocks): value for name, value in weights.items()}
     return {"settings": described, "ema": weights, "step": 0}
 
 
-# ---- Sheets and curve --------------------------------------------------------------------------
+# ---- Sheets ------------------------------------------------------------------------------------
 # From tensors to something to look at. All of it is Pillow.
 
 
@@ -1619,29 +1567,6 @@ def make_grid(x, columns=None, gap=2):
     for i, image in enumerate(to_images(x)):
         sheet.paste(image, (gap + i % columns * w, gap + i // columns * h))
     return sheet
-
-
-def save_film(frames, path):
-    """PIL images -> a GIF that rests on the last. Returns the path."""
-    times = [80] * (len(frames) - 1) + [3000]  # milliseconds
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=times, loop=0)
-    return path
-
-
-def loss_curve(log):
-    """The records of a log -> a picture of the loss, on a logarithmic axis, against the steps."""
-    records = [record for record in log if "loss" in record]
-    steps = [record["step"] for record in records]
-    logs = [math.log(record["loss"]) for record in records]
-    low, high = min(logs), max(logs) + 0.01
-    xs = [20 + 600 * step / steps[-1] for step in steps]
-    ys = [380 - 340 * (value - low) / (high - low) for value in logs]
-    image = Image.new("RGB", (640, 400), "white")
-    pen = ImageDraw.Draw(image)
-    pen.line(list(zip(xs, ys)), "black", 2)
-    title = f"loss from {math.exp(high):.4f} (top) to {math.exp(low):.4f}, {steps[-1]} steps"
-    pen.text((20, 10), title, "black")
-    return image
 
 
 if __name__ == "__main__":
