@@ -347,9 +347,8 @@ class Upsample(nn.Conv2d):
     """Twice the side: repeat each pixel, then convolve. (Transposed convolutions leave a grid.)"""
 
     def forward(self, x, time):
-        b, c, h, w = x.shape  # by hand, as torch_xla may lack the gradient of F.interpolate
-        x = x[:, :, :, None, :, None].expand(b, c, h, 2, w, 2)
-        return super().forward(x.reshape(b, c, 2 * h, 2 * w))
+        # (F.interpolate would be one call, but a TPU hands its gradient to the CPU.)
+        return super().forward(x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3))
 
 
 class UNet(nn.Module):
@@ -977,7 +976,7 @@ def preview(state, args, pictures):
         make_grid(sheet, len(columns)).save(folder / "reconstruction.png")
 
         records = [(record["step"], record["loss"]) for record in state.log if "loss" in record]
-        steps, losses = torch.tensor(records).T
+        steps, losses = torch.tensor(records).unbind(1)
         heights = losses.log() - losses.log().min()
         xs = 20 + 600 * steps / steps[-1]
         ys = 380 - 340 * heights / (heights.max() + 0.01)
