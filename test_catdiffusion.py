@@ -254,6 +254,8 @@ def test_the_network_is_the_papers_every_weight_is_used_and_small_layers_are_rig
     twice = up(torch.eye(2)[None, None], None)[0, 0].tolist()
     assert twice == [[1, 1, 0, 0]] * 2 + [[0, 0, 1, 1]] * 2
     layer, x = small_unet().middle[0].attention, torch.randn(2, 16, 4, 4)
+    for p in layer.parameters():
+        nn.init.normal_(p, std=0.5)
     y = F.group_norm(x, 4, layer.norm.weight, layer.norm.bias, 1e-6).flatten(2).transpose(1, 2)
     mixed = F.scaled_dot_product_attention(layer.q(y), layer.k(y), layer.v(y))
     expected = x + layer.out(mixed).transpose(1, 2).reshape(x.shape)
@@ -392,6 +394,10 @@ def test_damage_a_full_disk_and_losses_that_are_not_finite_harm_no_checkpoint(mo
     assert "No space left" in told and "smaller --lr" in told
     assert run("train", *SMALL, "--steps", 2, "--run", "new") == 0
     assert "no preview" in capsys.readouterr().out  # no loss, no curve; but the run goes on
+    monkeypatch.setattr(torch, "load", lambda *_, **__: bytearray(1 << 60))
+    assert run("train", "--run", "new") == 2
+    told = capsys.readouterr().err
+    assert "--accum" in told and "damaged" not in told
 
 
 # ---- The two commands ---------------------------------------------------------------------------
