@@ -867,6 +867,8 @@ def train(args, pictures=None):
         if RANK == 0:
             state.save(checkpoint, args)
         asked()  # nobody leaves before it is saved
+    if WORLD_SIZE > 1:
+        torch.distributed.destroy_process_group()  # else its threads may abort as we leave
     if state.step < args.steps:
         show(f"stopped and saved at step {state.step}; the same command resumes")
     else:
