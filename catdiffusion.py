@@ -868,6 +868,7 @@ def train(args, pictures=None):
             state.save(checkpoint, args)
         asked()  # nobody leaves before it is saved
     if WORLD_SIZE > 1:
+        del model  # the wrapper first: as the last to hold the group, it would wait for ever
         torch.distributed.destroy_process_group()  # else its threads may abort as we leave
     if state.step < args.steps:
         show(f"stopped and saved at step {state.step}; the same command resumes")
