@@ -8,19 +8,18 @@ other. That is all of it: Ho, Jain, Abbeel 2020, "Denoising Diffusion Probabilis
 (arXiv:2006.11239), called "the paper" from here on.
 
     python catdiffusion.py train                    # no photos? it draws simple cats, learns those
-    python catdiffusion.py train --data ./cats      # your photos; Ctrl-C stops, the same resumes
+    python catdiffusion.py train --data ./cats      # your photos; Ctrl-C stops, rerun to resume
     python catdiffusion.py sample -n 8              # eight new cats in samples/
 
 The file has four parts. Parts 1 and 2 are the lesson; you may stop reading where they end.
 
     1  The paper           Noise, learning, sampling, network, averaging: a whole diffusion model.
-    2  Since the paper     Five departures: what was wrong with the paper's choice, what we do
-                           instead, what it brought, and the option that goes back.
+    2  Since the paper     Five main departures: what was wrong with the paper's choice, what we
+                           do instead, what it brought, and the option that goes back.
     3  The program         Pictures. Train. Sample. Command line.
     4  The machine room    TPU, GPU, CPU, many at once. Files. The paper's own networks. Sheets.
 
-Notation. The symbols are the paper's, except sigma. The paper counts t from 1 to T, the code from
-0 to T-1.
+Notation, the paper's but for sigma. The paper counts t from 1 to T, the code from 0 to T-1.
 
     x0           x₀          a clean picture, (B, 3, H, W), values in [-1, 1]
     x0_hat       x̂₀          an estimate of it
@@ -85,9 +84,9 @@ COLOURS = "RGB"  # of all pictures, in Pillow's words; "L" is grey
 # (-0.9292 + 0.9603·1.2) / 0.2789 = 0.8. If we know x₀, we can take one step back, to t = 499. The
 # pixel there has mean 0.00306·0.8 + 0.99410·(-0.92924) = -0.9213 and standard deviation 0.1003.
 #
-# The network is trained on squared error, so its estimate x̂₀ is the mean of all pictures that x_t
-# could have come from: sharp when there is little noise, a blur when there is much. That is why one
-# guess is not enough, and we go in many steps.
+# The network is trained on squared error, which is smallest at the mean. So its estimate x̂₀ is the
+# mean of all pictures that x_t could have come from: sharp when there is little noise, a blur when
+# there is much. That is why one guess is not enough, and we go in many steps.
 
 
 def linear_schedule(timesteps=1000):
@@ -417,7 +416,7 @@ class UNet(nn.Module):
 # to sample: it never goes back into the network that is trained. The paper's decay of 0.9999
 # remembers some 10,000 steps, and early on that is mostly the random start: sampling from such an
 # average gives noise, which looks like a bug in the sampler. So the memory of ours grows with the
-# run: after n steps it is n/19 steps long, up to 10,000.
+# run: after n steps it is n/19 steps long. Only runs of 190,000 steps and more reach the 10,000.
 #
 # All of part 1 together:
 #
@@ -429,7 +428,8 @@ class UNet(nn.Module):
 #         train_step(model, diffusion, optimizer, batch)
 #         ema.update(model, n)
 #     noise = lambda: torch.randn(8, 3, 64, 64)
-#     *_, (t, x_t, x0_hat) = ddpm_sample(ema.model, diffusion, noise(), noise)  # the last: 8 cats
+#     for t, x_t, x0_hat in ddpm_sample(ema.model, diffusion, noise(), noise):
+#         pass  # the last x0_hat is eight new cats
 
 
 class EMA:
@@ -449,8 +449,9 @@ class EMA:
 
 # ==== PART 2: SINCE THE PAPER ===================================================================
 
-# What each departure brought was measured on drawn cats that were not learned: the squared error of
-# x̂₀ (the pictures' variance is 0.217), after 500 training steps with it, and without it.
+# What each brought, but for the sampler, was measured on held-out drawn cats: the squared error of
+# x̂₀ after 500 training steps with it, and without it (one seed; the pictures' variance is 0.217).
+# We compare at equal σ, as the same t means different noise in each schedule.
 
 # ---- A gentler schedule ------------------------------------------------------------------------
 # The paper's schedule leaves ᾱ = 0.003 at t = 750. In a small picture only the overall brightness
@@ -463,7 +464,7 @@ def cosine_schedule(timesteps=1000):
     """β_t for each level, (T,): ᾱ is a cos² (Nichol & Dhariwal 2021, arXiv:2102.09672, Eq. 17)."""
     u = torch.arange(timesteps + 1, dtype=torch.float64) / timesteps
     cos2 = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2  # ᾱ, but for a factor
-    return (1 - cos2[1:] / cos2[:-1]).clamp(max=0.999)  # the last is 1: ᾱ = 0, no division
+    return (1 - cos2[1:] / cos2[:-1]).clamp(max=0.999)  # the last would be 1, and ᾱ 0
 
 
 SCHEDULES = {"cosine": cosine_schedule, "linear": linear_schedule}
@@ -479,10 +480,10 @@ SCHEDULES = {"cosine": cosine_schedule, "linear": linear_schedule}
 #
 # Recovering x₀ from v needs no division. Why the name? The squares of √ᾱ_t and √(1−ᾱ_t) sum to 1,
 # so they are the cosine and the sine of an angle. As this angle grows with t, x_t moves on a
-# quarter of a circle from x₀ to ε, and v is its velocity. (On a straight line the velocity is ε −
-# x₀, and the model is called a flow: Lipman et al. 2023, arXiv:2210.02747.) Error at σ = 10,
-# where the sampler decides on the cat: 0.13, with ε 0.30. Back to the paper: `train --prediction
-# eps`.
+# quarter of a circle from x₀ to ε, and v is its velocity. (On a straight line the velocity is
+# ε − x₀, and the model is called a flow: Lipman et al. 2023, arXiv:2210.02747.) Error at σ = 10,
+# where the sampler begins to choose a cat: 0.13, with ε 0.30.
+# Back to the paper: `train --prediction eps`.
 
 
 class VDiffusion(Diffusion):
@@ -518,8 +519,8 @@ def middle_levels(u, timesteps=1000):
     """Random numbers u in [0, 1] -> noise levels t, both (B,). Mostly from the middle."""
     rest = ((u - UNIFORM_SHARE) / (1 - UNIFORM_SHARE)).clamp(min=0)
     middle = torch.acos(1 - 2 * rest) / math.pi  # inverts the integral of sin
-    u = torch.where(u < UNIFORM_SHARE, u / UNIFORM_SHARE, middle)
-    return uniform_levels(u, timesteps)  # to integers
+    fraction = torch.where(u < UNIFORM_SHARE, u / UNIFORM_SHARE, middle)  # of T
+    return uniform_levels(fraction, timesteps)  # to integers
 
 
 LEVELS = {"middle": middle_levels, "uniform": uniform_levels}
@@ -530,7 +531,7 @@ LEVELS = {"middle": middle_levels, "uniform": uniform_levels}
 # First, the levels to stop at. Most programs take every 40th t. Ours are evenly spaced in log σ,
 # so that each step divides the noise per signal by the same factor: from σ = 200, where not even
 # the average brightness is visible, down to 0.01 (compare Karras et al. 2022, arXiv:2206.00364).
-# T-1 takes the place of the first.
+# The first call is at T-1 instead.
 #
 # The other two are switches, and each sampler is one setting of both:
 #
@@ -598,6 +599,7 @@ def noise_levels(diffusion, calls):
     return levels
 
 
+@torch.no_grad()
 def sample_at(levels, model, diffusion, sampler, x_t, fresh_noise, *cond):
     """As `ddpm_sample`, but at these levels, with the steps of that Sampler."""
     x0_hat_prev, t_prev = None, None
@@ -629,7 +631,8 @@ class Muon(torch.optim.Adam):
     """Adam, except for matrices: those take steps that are equally long in all directions.
 
     Matrices are the weights of linear layers and of convolutions (one row for each output channel;
-    torch.optim.Muon does not take those). Adam moves them, too; we undo that, but use its means.
+    torch.optim.Muon does not take those), but for model.conv_out, the last layer. Adam moves them,
+    too; we undo that, but use its means.
     """
 
     def __init__(self, model, **how):
@@ -880,7 +883,8 @@ def train(args, pictures=None):
 
 def learning_rate(step, steps, peak):
     """Up in the first 200 steps, while Adam's averages are young; down to 0 in the last fifth."""
-    # NOTE the paper keeps its rate after a warm-up. Falling lets the network settle.
+    # NOTE the paper keeps its rate after a warm-up. Falling lets the network settle. Never exactly
+    # 0: that is how a skipped step is marked.
     return peak * min(1, (step + 1) / 200, (steps - step) / steps * 5)
 
 
