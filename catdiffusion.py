@@ -55,6 +55,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
 from torch import nn
+from torchvision import models
+from torchvision.transforms import functional as TF
+from torchvision.utils import make_grid
 
 COLOURS = "RGB"  # of all pictures, in Pillow's words; "L" is grey
 
@@ -702,7 +705,7 @@ def get_batch(pictures, step, batch, seed, choose_t, device):
     x0 = as_floats(pictures[index[mine]].to(device))
     x0 = torch.where(mirrored[mine].to(device)[:, None, None, None], x0.flip(3), x0)
     set_seed(device, seed, step, RANK)  # from here on, for dropout
-    return x0, t[mine].to(device), eps[mine]
+    return over_cores([x0, t[mine].to(device), eps[mine]])
 
 
 def as_floats(pictures):
@@ -713,8 +716,9 @@ def as_floats(pictures):
 def load_pictures(folders, size, run):
     """Every picture below `folders`, or drawn cats without any: uint8 (N, 3, size, size)."""
     if not folders:
-        raw = bytearray().join(to_bytes(draw_cat(random.Random(i), size)) for i in range(2000))
-        return torch.frombuffer(raw, dtype=torch.uint8).view(-1, len(COLOURS), size, size)
+        return torch.stack(
+            [TF.pil_to_tensor(draw_cat(random.Random(i), size)) for i in range(2000)]
+        )
     paths = find_pictures(folders)
     files = [Path(f"{path}{end}") for path in paths for end in ("", ".cat")]
     stats = [(f"{f}", f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.exists()]
@@ -722,7 +726,7 @@ def load_pictures(folders, size, run):
     name = seed_from(stats, size, COLOURS, inspect.getsource(read_picture))
     cache = Path(run, f"pictures-{name:08x}.u8")
     if RANK == 0 and not cache.exists():  # one process decodes for all,
-        write_whole(cache, decode_pictures(paths, size))
+        write_whole(cache, (x.contiguous().numpy() for x in decode_pictures(paths, size)))
     while not cache.exists():  # and the others wait
         time.sleep(1)
     # Shared: for a private mapping the system would set aside memory for the whole file.
@@ -731,46 +735,47 @@ def load_pictures(folders, size, run):
 
 
 def find_pictures(folders):
-    """All picture files below `folders`, but hidden ones: real paths, once each, sorted."""
-    found, seen = set(), set()
-    todo = list(folders)
-    while todo:
-        folder = Path(todo.pop()).resolve()
-        require(folder.is_dir(), f"{folder}: no such folder")
-        if folder in seen or Path(folder, "checkpoint.pt").exists():
-            continue  # a link led back here; or it is a run, and previews are nothing to learn from
-        seen.add(folder)
-        for path in folder.glob("[!.]*"):  # macOS leaves ._cat.jpg beside cat.jpg
-            if path.is_dir():
-                todo.append(path)
-            elif path.suffix.lower() in SUFFIXES:
-                found.add(path.resolve())
+    """All picture files below `folders`, but hidden ones: real paths, once each."""
+    seen, found = set(), []
+    for folder in folders:
+        require(Path(folder).is_dir(), f"{folder}: no such folder")
+        found += walk(Path(folder), seen)
     require(found, f"{' '.join(map(str, folders))}: no {' '.join(SUFFIXES)} file in there")
-    return sorted(found)
+    return found
+
+
+def walk(path, seen):
+    """Yield the picture files at and below `path`, but for those in the set `seen`."""
+    path = path.resolve()
+    if path in seen or Path(path, "checkpoint.pt").exists():
+        return  # a link led back here; or it is a run, and previews are nothing to learn from
+    seen.add(path)
+    if path.is_dir():
+        for inside in sorted(path.glob("[!.]*")):  # macOS leaves ._cat.jpg beside cat.jpg
+            yield from walk(inside, seen)
+    elif path.suffix.lower() in SUFFIXES:
+        yield path
 
 
 def decode_pictures(paths, size):
-    """Yield the bytes of each picture. Unreadable files are skipped and listed."""
+    """Yield each picture, uint8 (3, size, size). Unreadable files are skipped and listed."""
     skipped = []
-
-    def attempt(path):
-        try:
-            return read_picture(path, size)
-        except Exception as e:  # a damaged file can make a decoder raise anything
-            skipped.append(f"{path}: {e or type(e).__name__}")
-            return b""  # no bytes, no picture
-
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for first in range(0, len(paths), 500):  # not all at once: they may be a million
             show(f"decoding pictures, {first} of {len(paths)}", passing=True)
-            yield from pool.map(attempt, paths[first : first + 500])
+            some = paths[first : first + 500]
+            for path, job in [(path, pool.submit(read_picture, path, size)) for path in some]:
+                if job.exception():  # a damaged file can make a decoder raise anything
+                    skipped.append(f"{path}: {job.exception()!r}")
+                else:
+                    yield job.result()
     if skipped:
         show("\n  ".join([f"{len(skipped)} of {len(paths)} pictures skipped:", *skipped[:8]]))
     require(len(skipped) < len(paths), f"none of {len(paths)} pictures could be decoded")
 
 
 def read_picture(path, size):
-    """One file -> bytes of (3, size, size), upright, white behind it. Raises as Pillow does.
+    """One file -> uint8 (3, size, size), upright, white behind it. Raises as Pillow does.
 
     Beside each picture the CAT dataset (Zhang, Sun, Tang 2008) has a file that marks the eyes, the
     mouth and three points on each ear, as "9 x1 y1 ... x9 y9": then we take the face alone.
@@ -793,12 +798,7 @@ def read_picture(path, size):
         image = ImageOps.exif_transpose(image).convert("RGBA")
         image = ImageOps.fit(image, (size, size), Image.LANCZOS)  # cuts the middle, shrinks
         white = Image.new("RGBA", (size, size), "white")  # shows where the picture is transparent
-        return to_bytes(Image.alpha_composite(white, image))
-
-
-def to_bytes(image):
-    """A PIL image -> bytes of (3, H, W)."""
-    return b"".join(band.tobytes() for band in image.convert(COLOURS).split())
+        return TF.pil_to_tensor(Image.alpha_composite(white, image).convert(COLOURS))
 
 
 def draw_cat(rng, size):
@@ -819,7 +819,8 @@ def draw_cat(rng, size):
         pen.ellipse((eye - 9, y - 4 - wide, eye + 9, y - 4 + wide), iris)
         pen.ellipse((eye - 3, y - 4 - wide, eye + 3, y - 4 + wide), (15, 15, 15))
     pen.polygon([(x - 5, y + 11), (x + 5, y + 11), (x, y + 17)], (225, 140, 150))  # nose
-    return image.resize((size, size), Image.LANCZOS)  # drawn large, then shrunk: smooth edges
+    image = image.resize((size, size), Image.LANCZOS)  # drawn large, then shrunk: smooth edges
+    return image.convert(COLOURS)
 
 
 # ---- Train -------------------------------------------------------------------------------------
@@ -850,11 +851,10 @@ def train(args, pictures=None):
     next_preview = state.since + 60 * min(1, args.every)  # the first after a minute
     with stop_requests() as asked:  # a training step is always finished
         while state.step < args.steps and not asked():
-            choose_t = LEVELS[args.levels]
-            batch = get_batch(pictures, state.step, args.batch, args.seed, choose_t, device)
-            rate = torch.tensor(learning_rate(state.step, args.steps, args.lr)).to(device)
-            state.optimizer.param_groups[0]["lr"] = rate
-            batch = over_cores(batch)
+            levels = LEVELS[args.levels]
+            batch = get_batch(pictures, state.step, args.batch, args.seed, levels, device)
+            rate = learning_rate(state.step, args.steps, args.lr)
+            state.optimizer.param_groups[0]["lr"] = torch.tensor(rate).to(device)
             loss = train_step(model, state.diffusion, state.optimizer, batch, args.accum)
             state.ema.update(state.model, state.step)
             end_of_step(device)
@@ -873,11 +873,8 @@ def train(args, pictures=None):
     if WORLD_SIZE > 1:
         del model  # the wrapper first: as the last to hold the group, it would wait for ever
         torch.distributed.destroy_process_group()  # else its threads may abort as we leave
-    if state.step < args.steps:
-        show(f"stopped and saved at step {state.step}; the same command resumes")
-    else:
-        show(f"all {state.step} steps done (a larger --steps takes the run further); now sample:")
-        show(f"python catdiffusion.py sample -n 8 --checkpoint {quoted(checkpoint)}")
+    show(f"saved at step {state.step} of {args.steps}; the same command resumes. Now sample:")
+    show(f"python catdiffusion.py sample -n 8 --checkpoint {quoted(checkpoint)}")
     return state
 
 
@@ -931,19 +928,20 @@ class State:
             return
         self.next_line = now + 1  # at most once a second, as this waits for the device
         self.losses = [float(loss) for loss in self.losses]
-        finite = [loss for loss in self.losses if math.isfinite(loss)]
         count = len(self.losses)
-        require(finite or count < 50, f"{count} steps in a row not finite: take a smaller --lr")
-        recorded = finite and (due or now >= self.next_record)
-        loss = sum(finite) / len(finite) if finite else math.nan
+        skipped = sum(map(math.isnan, self.losses))
+        require(skipped < max(count, 50), f"{count} steps in a row not finite: take a smaller --lr")
+        loss = torch.tensor(self.losses).nanmean().item()
         speed = count / (now - self.since)
-        text = f"step {self.step} of {args.steps}, loss {loss:.4f}, {speed * args.batch:.0f} "
-        text += f"pictures/s, {(args.steps - self.step) / speed / 60:.0f} min left"
+        left = (args.steps - self.step) / speed / 60
+        recorded = skipped < count and (due or now >= self.next_record)
+        text = f"step {self.step} of {args.steps}, loss {loss:.4f}"
+        text += f", {speed * args.batch:.0f} pictures/s, {left:.0f} min left"
         show(text, passing=sys.stdout.isatty() or not recorded)
         if recorded:
             self.seconds += now - self.since
-            record = {"step": self.step, "minutes": self.seconds / 60, "loss": loss}
-            self.log.append(record | {"skipped": count - len(finite)})
+            record = {"step": self.step, "minutes": self.seconds / 60}
+            self.log.append(record | {"loss": loss, "skipped": skipped})
             self.losses = []
             self.since = now
             self.next_record = now + 30
@@ -952,49 +950,53 @@ class State:
 def preview(state, args, pictures):
     """Show how far the network has come. Nothing that goes wrong here ends the run.
 
-    previews/STEP.png: always the same 16 pictures. reconstruction.png: what the network makes of a
-    photo, the more of it is drowned in noise. loss.png: the loss on a logarithmic axis. log.jsonl.
+    previews/STEP.png: always the same 16 pictures. reconstruction.png, loss.png: see their
+    functions. log.jsonl: the log, a line for each record.
     """
     folder = Path(args.run)
     model, diffusion = state.ema.model, state.diffusion
     try:
         *_, (_, _, x0_hat) = sample(model, diffusion, 16)
         (folder / "previews").mkdir(exist_ok=True)
-        make_grid(x0_hat).save(folder / "previews" / f"{state.step:06}.png")
-
-        # The mean and spread of both: pale colours show there first.
-        data = as_floats(pictures[:: len(pictures) // 500 + 1]).to(x0_hat.device)  # up to 500
-        about = {"step": state.step}
-        for name, x in (("sample", x0_hat), ("data", data)):
-            about |= {f"{name}_mean": x.mean().item(), f"{name}_std": x.std().item()}
-        state.log.append(about)
+        make_sheet(x0_hat).save(folder / "previews" / f"{state.step:06}.png")
+        data = as_floats(pictures[:: len(pictures) // 500 + 1])  # up to 500
+        # The spread of both: pale colours show there first.
+        stds = {"sample_std": x0_hat.std().item(), "data_std": data.std().item()}
+        state.log.append({"step": state.step} | stds)
         (folder / "log.jsonl").write_text("\n".join(map(json.dumps, state.log)))
-
-        # The photo, and one column each for 1, 3, 5, 7 and 9 tenths of T: x_t; x0_hat after one
-        # call; and the picture at the end of the whole way back from there.
-        x0 = data[:1]
-        columns = [torch.cat([x0, x0, x0])]
-        for t in (diffusion.timesteps * tenths // 10 for tenths in (1, 3, 5, 7, 9)):
-            eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(t)).to(x0.device)
-            x_t = diffusion.q_sample(x0, torch.tensor([t]).to(x0.device), eps)
-            way = [x0_hat for _, _, x0_hat in sample(model, diffusion, 1, start=(t, x_t))]
-            columns.append(torch.cat([x_t, way[0], way[-1]]))
-        sheet = torch.stack(columns, 1).flatten(0, 1)  # row by row
-        make_grid(sheet, len(columns)).save(folder / "reconstruction.png")
-
-        records = [(record["step"], record["loss"]) for record in state.log if "loss" in record]
-        steps, losses = torch.tensor(records).unbind(1)
-        heights = losses.log() - losses.log().min()
-        xs = 20 + 600 * steps / steps[-1]
-        ys = 380 - 340 * heights / (heights.max() + 0.01)
-        image = Image.new("RGB", (640, 400), "white")
-        pen = ImageDraw.Draw(image)
-        pen.line(torch.stack([xs, ys], 1).flatten().tolist(), "black", 2)
-        title = f"loss from {losses.max():.4f} (top) to {losses.min():.4f}, {state.step} steps"
-        pen.text((20, 10), title, "black")
-        image.save(folder / "loss.png")
+        x0 = data[:1].to(x0_hat.device)
+        reconstruction(model, diffusion, x0).save(folder / "reconstruction.png")
+        loss_curve(state.log).save(folder / "loss.png")
     except Exception as e:
         show(f"no preview at step {state.step}: {e!r}")
+
+
+def reconstruction(model, diffusion, x0):
+    """What the network makes of a photo (1, 3, H, W), the more of it is drowned in noise.
+
+    Left the photo; then a column each for 1, 3, 5, 7 and 9 tenths of T. Row by row: x_t; x0_hat
+    after one call; and the picture at the end of the whole way back from there.
+    """
+    eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)).to(x0.device)
+    columns = [torch.cat([x0, x0, x0])]
+    for t in range(diffusion.timesteps // 10, diffusion.timesteps, diffusion.timesteps // 5):
+        x_t = diffusion.q_sample(x0, torch.tensor([t]).to(x0.device), eps)
+        way = [x0_hat for _, _, x0_hat in sample(model, diffusion, 1, start=(t, x_t))]
+        columns.append(torch.cat([x_t, way[0], way[-1]]))
+    return make_sheet(torch.stack(columns, 1).flatten(0, 1), len(columns))
+
+
+def loss_curve(log):
+    """The loss over the steps, on a logarithmic axis from 1 (top) to 0.01 (bottom)."""
+    records = [record for record in log if "loss" in record]
+    xs = [20 + 600 * record["step"] / records[-1]["step"] for record in records]
+    ys = [20 - 180 * math.log10(record["loss"]) for record in records]
+    image = Image.new("RGB", (640, 400), "white")
+    pen = ImageDraw.Draw(image)
+    for loss in (1, 0.3, 0.1, 0.03, 0.01):
+        pen.text((2, 14 - 180 * math.log10(loss)), f"{loss}", "black")
+    pen.line(list(zip(xs, ys)), "black", 2)
+    return image
 
 
 # ---- Sample ------------------------------------------------------------------------------------
@@ -1034,6 +1036,7 @@ def sample(
         yield level, x_t, x0_hat
 
 
+@torch.no_grad()
 def write_samples(args):
     """Make pictures as `args` say (sample's options by name), and the files that show them."""
     runs = filter(os.path.exists, ("run/checkpoint.pt", "run-drawn/checkpoint.pt"))
@@ -1041,37 +1044,30 @@ def write_samples(args):
     args.checkpoint = args.checkpoint or str(max(runs, key=os.path.getmtime, default=shipped))
     args.steps = args.steps or SAMPLERS[args.sampler].calls
     model, diffusion, args.step = load_checkpoint(args.checkpoint, pick_device(args.device))
-    judge = make_judge() if args.best_of > 1 else None  # first: it may not be there
     training = find_pictures([args.nearest]) if args.nearest else None
     show(f"sampling with {args.checkpoint}, step {args.step}")
     if args.out.endswith("/") or Path(args.out).is_dir():
         args.out = str(Path(args.out, "cat"))
     stem = f"{args.out}-{args.seed}"
-    begun = time.perf_counter()
     frames = []
-    pairs = make_pictures(args, model, diffusion, frames)  # each is written as soon as it is made
-    if judge:
-        pairs = list(pairs)
-        parts = torch.stack([picture for _, picture in pairs]).split(64)
-        chances = torch.cat([judge(part / 2 + 0.5) for part in parts])
-        best = chances[:, 281:286].sum(1).topk(args.n).indices  # ImageNet's five kinds of cat
-        pairs = [pairs[i] for i in best]
+    made = make_pictures(args, model, diffusion, frames)
+    if args.best_of > 1:
+        made = most_like_cats(made, args.n)
     files, shown = [], []
-    for number, picture in pairs:
+    for number, picture in made:  # each is written as soon as it is made
         about = vars(args) | {"number": number}
         files.append(save_new(to_images(picture[None])[0], f"{stem}-{number:04}.png", about))
         if len(shown) < 400:  # enough for a sheet
             shown.append(picture)
     x0 = torch.stack(shown)
-    files.append(save_new(make_grid(x0), f"{stem}-grid.png", vars(args)))
+    sheets = [save_new(make_sheet(x0), f"{stem}-grid.png", vars(args))]
     if training:
-        files.append(save_new(beside_nearest(x0, training), f"{stem}-nearest.png", vars(args)))
+        sheets.append(save_new(beside_nearest(x0, training), f"{stem}-nearest.png", vars(args)))
     if frames:
-        files.append(f"{stem}.gif")
+        sheets.append(f"{stem}.gif")
         times = [80] * (len(frames) - 1) + [3000]  # milliseconds: it rests on the last
-        frames[0].save(files[-1], save_all=True, append_images=frames[1:], duration=times, loop=0)
-    show(f"{args.n} pictures in {time.perf_counter() - begun:.1f} s:")
-    show("\n".join(map(quoted, files)))
+        frames[0].save(sheets[-1], save_all=True, append_images=frames[1:], duration=times, loop=0)
+    show("\n".join(map(quoted, sheets + files)))
 
 
 def make_pictures(args, model, diffusion, frames):
@@ -1087,31 +1083,33 @@ def make_pictures(args, model, diffusion, frames):
             show(f"pictures {some[0]} to {some[-1]}, call {k}, {left:.0f} s left", passing=True)
             filmed = k % math.ceil(args.steps / 50) == 0 or k == args.steps
             if args.gif and start == 0 and filmed:
-                frames.append(make_grid(torch.cat([x_t, x0_hat], 3)))  # side by side
+                frames.append(make_sheet(torch.cat([x_t, x0_hat], 3)))  # side by side
         yield from zip(some, x0_hat.cpu())
 
 
-def make_judge():
-    """A function: pictures (B, 3, H, W) in [0, 1] -> chances of ImageNet's 1000 classes."""
-    from torchvision.models import MobileNet_V3_Large_Weights, mobilenet_v3_large
-
-    weights = MobileNet_V3_Large_Weights.IMAGENET1K_V2
+def most_like_cats(made, n):
+    """Of many (number, picture), the n that a classifier gives the largest chance to be a cat."""
+    weights = models.MobileNet_V3_Large_Weights.IMAGENET1K_V2
     show(f"--best-of: loading {weights.url}")  # 22 MB, once
-    network = mobilenet_v3_large(weights=weights)
-    return nn.Sequential(weights.transforms(), network, nn.Softmax(1)).eval().requires_grad_(False)
+    network = models.mobilenet_v3_large(weights=weights).eval()
+    cats = slice(281, 286)  # ImageNet has five kinds
+
+    def chance(numbered):
+        picture = weights.transforms()(numbered[1] / 2 + 0.5)
+        return network(picture[None]).softmax(1)[0, cats].sum()
+
+    return sorted(made, key=chance)[-n:]
 
 
 def beside_nearest(x, paths):
     """A sheet of pairs: each picture of x (M, 3, H, W), and the nearest of those in the files.
 
-    Euclid's distance, over all pixels, to the picture or its mirror image: training shows both.
+    The distance is Euclid's, over all pixels.
     """
-    raw = bytearray().join(decode_pictures(paths, x.shape[-1]))
-    pictures = torch.frombuffer(raw, dtype=torch.uint8).view(-1, *x.shape[1:])
-    pictures = torch.cat([pictures, pictures.flip(3)])
+    pictures = torch.stack(list(decode_pictures(paths, x.shape[-1])))
     parts = [torch.cdist(x.flatten(1), as_floats(p).flatten(1)) for p in pictures.split(500)]
     nearest = torch.cat(parts, 1).argmin(1)  # (M,)
-    return make_grid(torch.cat([x, as_floats(pictures[nearest])], 3))
+    return make_sheet(torch.cat([x, as_floats(pictures[nearest])], 3))
 
 
 # ---- Command line ------------------------------------------------------------------------------
@@ -1214,16 +1212,17 @@ def settings(*words, **given):
     for name, value in given.items():
         if value is not None:  # which means: choose for me
             words += as_words(name, value)
-    typed = parser().parse_args(words)
-    typed.run = typed.run or ("run" if typed.data else "run-drawn")
-    path = Path(typed.run, "checkpoint.pt")
+    defaults = vars(parser().parse_args(["train"]))
+    typed = vars(parser(**dict.fromkeys(defaults)).parse_args(words))  # None where nothing was
+    typed = {name: value for name, value in typed.items() if value is not None}
+    typed.setdefault("run", "run" if "data" in typed else "run-drawn")
+    path = Path(typed["run"], "checkpoint.pt")
     saved = {}
     if path.exists():
         with open_checkpoint(path) as checkpoint:
-            saved = {k: value for k, value in checkpoint["settings"].items() if k in typed}
-    saved |= {"run": typed.run, "device": typed.device}
-    args = parser(**saved | {"data": None}).parse_args(words)  # argparse would add to the folders
-    args.data = args.data or saved.get("data")
+            saved = {k: value for k, value in checkpoint["settings"].items() if k in defaults}
+        del saved["run"], saved["device"]  # these are chosen each time
+    args = argparse.Namespace(**defaults | saved | typed)
     changed = {name: was for name, was in saved.items() if vars(args)[name] != was}
     wrong = [word for name in LEARNED if name in changed for word in as_words(name, changed[name])]
     message = f"{path} has learned with {' '.join(wrong)}: leave that, or choose another --run"
@@ -1231,7 +1230,7 @@ def settings(*words, **given):
     for name, was in changed.items():
         show(f"{' '.join(as_words(name, vars(args)[name]))}, was {was}")
     if "optimizer" in changed:
-        args.lr = typed.lr  # the rate goes with the optimizer
+        args.lr = typed.get("lr")  # the rate goes with the optimizer
     del args.command
     args.size = args.size or (64 if args.data else 32)
     args.steps = args.steps or (50_000 if args.data else 2_000)  # many hours; some minutes
@@ -1468,12 +1467,11 @@ def write_whole(path, parts):
     os.replace(new, path)  # all or nothing
 
 
-def save_new(image, name, about):
+def save_new(image, path, about):
     """Write a PNG with `about` as JSON in its text, never over another. Returns its path."""
-    path, k = Path(name), 1
+    path = Path(path)
     while path.exists() and Image.open(path).tobytes() != image.tobytes():
-        k += 1
-        path = Path(name).with_stem(f"{Path(name).stem}-{k}")
+        path = path.with_stem(f"{path.stem}-new")
     text = PngImagePlugin.PngInfo()  # PNG's own place for words
     text.add_text("catdiffusion", json.dumps(about))
     buffer = io.BytesIO()
@@ -1553,26 +1551,19 @@ def read_folder(folder):
 
 
 # ---- Sheets ------------------------------------------------------------------------------------
-# From tensors to something to look at. All of it is Pillow.
+# From tensors to something to look at.
 
 
 def to_images(x):
     """Pictures (B, 3, H, W) in [-1, 1] -> list of PIL images."""
     x = ((x.float().cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-    size = x.shape[3], x.shape[2]
-    x = x.permute(0, 2, 3, 1).flatten(1).tolist()  # row by row, as Pillow wants them
-    return [Image.frombytes(COLOURS, size, bytes(picture)) for picture in x]
+    return [TF.to_pil_image(picture) for picture in x]
 
 
-def make_grid(x, columns=None, gap=2):
+def make_sheet(x, columns=None):
     """Pictures (B, 3, H, W) in [-1, 1] -> one PIL image of them all, row by row, about square."""
     columns = columns or math.ceil(len(x) ** 0.5)
-    rows = math.ceil(len(x) / columns)  # the last may be short
-    h, w = x.shape[2] + gap, x.shape[3] + gap
-    sheet = Image.new("RGB", (columns * w + gap, rows * h + gap), "white")  # the gaps shine through
-    for i, image in enumerate(to_images(x)):
-        sheet.paste(image, (gap + i % columns * w, gap + i // columns * h))
-    return sheet
+    return to_images(make_grid(x, columns, pad_value=1.0)[None])[0]
 
 
 if __name__ == "__main__":
