@@ -74,13 +74,12 @@ COLOURS = "RGB"  # of all pictures, in Pillow's words; "L" is grey
 #     signal_rate √ᾱ_t        1.000   0.722   0.279   0.057   0.006
 #     noise_rate √(1−ᾱ_t)     0.010   0.692   0.960   0.998   1.000
 #
-# Pictures have values from -1 to 1, so that they are centred at 0, as the noise is, and of about
-# its size. With values from 0 to 1 their contrast would be half as large. Each level would then
-# drown more of the picture than the schedule intends.
+# Pictures have values from -1 to 1: centred at 0, as the noise is, and of about its size. From 0 to
+# 1 their contrast would be half as large, and each level would drown more than was intended.
 #
 # We know how x_t follows from x_{t−1}. We want the reverse. Bayes' rule gives it, but it needs the
 # distribution of all pictures. For one known x₀ there is a formula, `q_posterior` below. We do not
-# know x₀. The network predicts the noise, and by Eq. 4 that gives an estimate of the picture.
+# know x₀, but the network predicts the noise, and by Eq. 4 that gives an estimate of the picture.
 #
 # One pixel in numbers, at t = 500:  x₀ = 0.8 and ε = -1.2 give
 # x_t = 0.2789·0.8 + 0.9603·(-1.2) = -0.9292. If we know ε, we can recover x₀:
@@ -217,8 +216,7 @@ def train_step(model, diffusion, optimizer, batch, accum=1):
 # The step treats x̂₀ as the truth and picks a random picture from the Gaussian of Eq. 6 and 7.
 # x̂₀ is only a mean, but the formula is linear in x₀, so the mean of the step is right. Its shape
 # is right only for small steps: hence a thousand. The mean has less noise than a picture at the
-# next level should have, and fresh noise fills it up. Without it, the network would see less
-# noise than it expects, and the pictures would come out smooth.
+# next level should have, and fresh noise fills it up. Without it, pictures come out smooth.
 #
 # The paper writes the same step with the predicted ε. Put Eq. 15 into Eq. 6, and you get the
 # update in its Algorithm 2. We go through x̂₀ because it can be clipped: at t = 999 an error of
@@ -483,10 +481,9 @@ SCHEDULES = {"cosine": cosine_schedule, "linear": linear_schedule}
 #
 # Recovering x₀ from v needs no division. Why the name? The squares of √ᾱ_t and √(1−ᾱ_t) sum to 1,
 # so they are the cosine and the sine of an angle. As this angle grows with t, x_t moves on a
-# quarter of a circle from x₀ to ε, and v is its velocity. (On a straight line the velocity is
-# ε − x₀, and the model is called a flow: Lipman et al. 2023, arXiv:2210.02747.) Error at σ = 10,
-# where the sampler begins to choose a cat: 0.13, with ε 0.30.
-# Back to the paper: `train --prediction eps`.
+# quarter of a circle from x₀ to ε, and v is its velocity. (Moving on a straight line is called flow
+# matching: Lipman et al. 2023, arXiv:2210.02747.) Error at σ = 10, where the sampler begins to
+# choose a cat: 0.13, with ε 0.30. Back to the paper: `train --prediction eps`.
 
 
 class VDiffusion(Diffusion):
@@ -510,19 +507,18 @@ PREDICTIONS = {"v": VDiffusion, "eps": Diffusion}
 # and colours. Error at σ = 1: 0.0112, with uniform t 0.0136; at σ = 0.1: 0.0013 and 0.0011.
 # Back to the paper: `train --levels uniform`.
 
-UNIFORM_SHARE = 0.25  # NOTE more is better for the grain, less for the shapes
-
 
 def uniform_levels(u, timesteps=1000):
     """Random numbers u in [0, 1] -> noise levels t, both (B,). All t are equally likely."""
     return (u * timesteps).long().clamp(max=timesteps - 1)
 
 
-def middle_levels(u, timesteps=1000):
-    """Random numbers u in [0, 1] -> noise levels t, both (B,). Mostly from the middle."""
-    rest = ((u - UNIFORM_SHARE) / (1 - UNIFORM_SHARE)).clamp(min=0)
+def middle_levels(u, timesteps=1000, uniform=0.25):
+    """The same, but mostly from the middle. uniform: this share of them stays uniform."""
+    # NOTE a larger share is better for the grain, a smaller one for the shapes.
+    rest = ((u - uniform) / (1 - uniform)).clamp(min=0)
     middle = torch.acos(1 - 2 * rest) / math.pi  # inverts the integral of sin
-    fraction = torch.where(u < UNIFORM_SHARE, u / UNIFORM_SHARE, middle)  # of T
+    fraction = torch.where(u < uniform, u / uniform, middle)  # of T
     return uniform_levels(fraction, timesteps)  # to integers
 
 
@@ -532,24 +528,20 @@ LEVELS = {"middle": middle_levels, "uniform": uniform_levels}
 # ---- Fewer steps -------------------------------------------------------------------------------
 # A thousand network calls make one picture. 25 are enough, if three things are chosen better.
 # First, the levels to stop at. Most programs take every 40th t. Ours are evenly spaced in log σ,
-# so that each step divides the noise per signal by the same factor: from σ = 200, where not even
-# the average brightness is visible, down to 0.01 (compare Karras et al. 2022, arXiv:2206.00364).
-# The first call is at T-1 instead.
-#
+# so that each step divides σ by the same factor: from 200, where not even the average brightness
+# is visible (T-1 takes its place), to 0.01 (compare Karras et al. 2022, arXiv:2206.00364).
 # The other two are switches, and each sampler is one setting of both:
 #
 #                           the latest estimate    extrapolated from the last two
 #     no fresh noise        ddim                   dpm      (DPM-Solver++ 2M)
 #     fresh noise           ddpm (any length)      dpm-sde  (SDE-DPM-Solver++ 2M), our default
 #
-# *Fresh noise or none.* Without it (DDIM), nothing random happens after the start. Each picture
-# follows one smooth path from noise to cat, and a smooth path can be walked in large steps. With
-# it, later steps can correct the mistakes of earlier ones.
-#
+# *Fresh noise or none.* Without it (DDIM, arXiv:2010.02502), nothing random happens after the
+# start. Each picture follows one smooth path from noise to cat, and a smooth path can be walked in
+# large steps. With it, later steps can correct the mistakes of earlier ones.
 # *The latest estimate or an extrapolated one.* x̂₀ changes during a step. A step that uses only
 # its value at the start lags behind. Plotted against log σ, x̂₀ moves on nearly a straight line.
 # We extend the line through the last two estimates to the middle of the step.
-#
 # Same weights, 25 calls, counted by eye without knowing which is which: with `dpm` 46 of 192
 # pictures had a fault that a child would point at, with `dpm-sde` 25.
 # Back to the paper: `sample --sampler ddpm`.
@@ -562,10 +554,7 @@ def ddpm_step(diffusion, x0_hat, x_t, t, t_next, fresh_noise):
 
 
 def ddim_step(diffusion, x0_hat, x_t, t, t_next, fresh_noise):
-    """Without fresh noise (DDIM, Song et al. 2021, arXiv:2010.02502, Eq. 12 without its noise).
-
-    x_t is x0_hat and some ε, mixed by Eq. 4. Mix the same two again, as at t_next.
-    """
+    """x_t is x0_hat and some ε, mixed by Eq. 4. Mix them anew (Song et al. 2021, DDIM, Eq. 12)."""
     # ε is worked out anew, as x0_hat was clipped or extrapolated: the two must add up to x_t.
     eps = (x_t - at(diffusion.signal_rate, t) * x0_hat) / at(diffusion.noise_rate, t)
     return diffusion.q_sample(x0_hat, t_next, eps)
@@ -626,16 +615,15 @@ def sample_at(levels, model, diffusion, sampler, x_t, fresh_noise, *cond):
 # Adam mostly learns those. Many others have small ones, and wait. Muon (Jordan et al. 2024,
 # kellerjordan.github.io/posts/muon) makes all singular values about 1, so that all combinations
 # are learned at the same speed. The last layer, biases and norms stay with Adam, as its author
-# advises. Error at σ = 1: 0.0112, with Adam 0.0295. Back to the paper: `train --optimizer adam`,
-# which also takes the paper's learning rate.
+# advises. Error at σ = 1: 0.0112, with Adam 0.0295. Back to the paper: `train --optimizer adam`
+# (it takes the paper's learning rate, too).
 
 
 class Muon(torch.optim.Adam):
     """Adam, except for matrices: those take steps that are equally long in all directions.
 
-    Matrices are the weights of linear layers and of convolutions (one row for each output channel;
-    torch.optim.Muon does not take those), but for model.conv_out, the last layer. Adam moves them,
-    too; we undo that, but use its means.
+    Matrices: weights of linear layers and of convolutions (a row for each output channel), but for
+    model.conv_out, the last layer. Adam moves them, too; we undo that, but use its means.
     """
 
     def __init__(self, model, **how):
