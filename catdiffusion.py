@@ -41,23 +41,23 @@ import io
 import itertools
 import json
 import math
+import mmap
 import os
 import random
 import re
 import signal
 import sys
 import time
-from collections import namedtuple
+from collections import Counter, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
+from PIL import Image, ImageCms, ImageDraw, ImageOps, PngImagePlugin
 from torch import nn
-from torchvision import models
+from torchvision import models, utils
 from torchvision.transforms import functional as TF
-from torchvision.utils import make_grid
 
 COLOURS = "RGB"  # of all pictures, in Pillow's words; "L" is grey
 
@@ -157,11 +157,11 @@ class Noise:
 #
 # The loss falls quickly at first, and then it looks flat for hours while the pictures get better,
 # for most of what is left is noise that nobody could predict. A data set so small that no network
-# is needed shows it: two pictures of one pixel, +1 with chance 3/4 and -1 with chance 1/4. Weigh
-# both by how likely they lead to x_t, and the mean is x̂₀ = tanh(x_t·√ᾱ/(1−ᾱ) + ½·ln 3). The best
-# possible loss is then 0.04 at t = 100, 0.38 at t = 250 and 0.06 at t = 500. (At low noise the
-# picture gives the noise away; at high noise x_t is nearly the noise itself; in between it is
-# hard.)
+# is needed shows it: two pictures of one pixel, +1 with chance 3/4 and -1 with chance 1/4. By Eq. 4
+# they lead to x_t with likelihoods in the ratio e^a to e^−a, a = x_t·√ᾱ/(1−ᾱ). So the mean of both
+# is x̂₀ = (3e^a − e^−a) / (3e^a + e^−a) = tanh(a + ½·ln 3). The best possible loss is then 0.04 at
+# t = 100, 0.38 at t = 250 and 0.06 at t = 500. (At low noise the picture gives the noise away; at
+# high noise x_t is nearly the noise itself; in between it is hard.)
 
 
 class Diffusion(Noise):
@@ -295,7 +295,7 @@ def norm(channels):
 
 
 class Attention(nn.Module):
-    """Lets every pixel look at every other: how the left eye learns the colour of the right one.
+    """Every place of a map sees every other: how the left eye learns the colour of the right one.
 
     Single-head self-attention; for small maps, as its cost grows with the side's fourth power.
     """
@@ -329,24 +329,24 @@ class ResBlock(nn.Module):
         self.shortcut = nn.Identity() if c_in == c_out else init(nn.Conv2d(c_in, c_out, 1))
         self.attention = Attention(c_out) if attention else nn.Identity()
 
-    def forward(self, x, time):  # (B, c_in, H, W), (B, c_time) -> (B, c_out, H, W)
+    def forward(self, x, emb):  # (B, c_in, H, W), (B, c_time) -> (B, c_out, H, W)
         h = self.conv1(F.silu(self.norm1(x)))
-        h = h + self.time(F.silu(time))[:, :, None, None]  # the same at every pixel
+        h = h + self.time(F.silu(emb))[:, :, None, None]  # the same at every pixel
         h = self.conv2(self.dropout(F.silu(self.norm2(h))))
         return self.attention(self.shortcut(x) + h)
 
 
 class Downsample(nn.Conv2d):
-    """Half the side. Pads right and bottom only, as the paper's code does. No use for time here."""
+    """Half the side. Pads right and bottom only, as the paper's code does. No use for t here."""
 
-    def forward(self, x, time):
+    def forward(self, x, emb):
         return super().forward(F.pad(x, (0, 1, 0, 1)))
 
 
 class Upsample(nn.Conv2d):
     """Twice the side: repeat each pixel, then convolve. (Transposed convolutions leave a grid.)"""
 
-    def forward(self, x, time):
+    def forward(self, x, emb):
         # (F.interpolate would be one call, but a TPU hands its gradient to the CPU.)
         return super().forward(x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3))
 
@@ -372,22 +372,22 @@ class UNet(nn.Module):
         self.down = nn.ModuleList()
         self.up = nn.ModuleList()
         c = channels
-        skips = [c]  # channels of what the way down leaves behind
+        c_skips = [c]  # of what the way down leaves behind
         for floor, mult in enumerate(mults):
             here = (size >> floor) in attention
             for _ in range(blocks):
                 self.down.append(ResBlock(c, channels * mult, c_time, dropout, here))
                 c = channels * mult
-                skips.append(c)
+                c_skips.append(c)
             if floor < len(mults) - 1:
                 self.down.append(init(Downsample(c, c, 3, stride=2)))
-                skips.append(c)
+                c_skips.append(c)
         first, second = ResBlock(c, c, c_time, dropout, True), ResBlock(c, c, c_time, dropout)
         self.middle = nn.ModuleList([first, second])
         for floor, mult in reversed(list(enumerate(mults))):
             here = (size >> floor) in attention
             for _ in range(blocks + 1):
-                self.up.append(ResBlock(c + skips.pop(), channels * mult, c_time, dropout, here))
+                self.up.append(ResBlock(c + c_skips.pop(), channels * mult, c_time, dropout, here))
                 c = channels * mult
             if floor > 0:
                 self.up.append(init(Upsample(c, c, 3, padding=1)))
@@ -396,18 +396,18 @@ class UNet(nn.Module):
 
     def forward(self, x, t):
         with autocast(x.device):  # products in 16 bits where the chip has them: see part 4
-            time = self.time(time_embedding(t, self.channels))  # (B, 4·channels)
+            emb = self.time(time_embedding(t, self.channels))  # (B, 4·channels)
             x = self.conv_in(x)  # (B, channels, size, size)
             skips = [x]  # what the way up will see again
             for layer in self.down:
-                x = layer(x, time)
+                x = layer(x, emb)
                 skips.append(x)
             for layer in self.middle:
-                x = layer(x, time)
+                x = layer(x, emb)
             for layer in self.up:
                 if isinstance(layer, ResBlock):
                     x = torch.cat([x, skips.pop()], 1)  # in reverse order
-                x = layer(x, time)
+                x = layer(x, emb)
             return self.conv_out(F.silu(self.norm_out(x))).float()
 
 
@@ -673,22 +673,25 @@ OPTIMIZERS = {  # with the usual learning rates
 # is mapped into memory, where the system keeps what is in use: a million pictures need no more than
 # a thousand. A batch is one indexing operation, and no worker process is ever needed.
 
-SUFFIXES = ".jpg .jpeg .png .webp .bmp .gif".split()
+SUFFIXES = ".jpg .jpeg .jpe .jfif .png .webp .bmp .gif .tif .tiff .avif".split()
+FORMATS = "JPEG PNG WEBP BMP GIF TIFF AVIF".split()  # whatever the suffix says
+TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # from EXIF's orientation to Pillow's Transpose
+Image.MAX_IMAGE_PIXELS = 300_000_000  # more than any phone takes; twice as many are an error
 
 
-def get_batch(pictures, step, batch, seed, choose_t, device):
+def get_batch(pictures, step, n, seed, choose_t, device):
     """All that is random in one training step, from (seed, step) alone. Returns x0, t, eps.
 
     So a run that was stopped and resumed sees the same as one that never was. pictures: uint8
-    (N, 3, H, W). batch: how many to take. choose_t: a function from LEVELS.
+    (N, 3, H, W). n: how many to take. choose_t: a function from LEVELS.
     """
     set_seed(device, seed, step)
-    index = torch.randint(len(pictures), (batch,))
-    mirrored = torch.rand(batch) < 0.5
+    index = torch.randint(len(pictures), (n,))
+    mirrored = torch.rand(n) < 0.5
     # The t of a batch are spread evenly, from one random number: each t is as likely as before, but
     # no batch is all noise (Kingma et al. 2021, arXiv:2107.00630).
-    t = choose_t((torch.rand(1) + torch.arange(batch)) / batch)
-    eps = torch.randn(batch, *pictures.shape[1:], device=device)  # made where it is used
+    t = choose_t((torch.rand(1) + torch.arange(n)) / n)
+    eps = torch.randn(n, *pictures.shape[1:], device=device)  # made where it is used
     mine = slice(RANK, None, WORLD_SIZE)  # of several processes, each takes its share
     x0 = as_floats(pictures[index[mine]].to(device))
     x0 = torch.where(mirrored[mine].to(device)[:, None, None, None], x0.flip(3), x0)
@@ -711,42 +714,49 @@ def load_pictures(folders, size, run):
     files = [Path(f"{path}{end}") for path in paths for end in ("", ".cat")]
     stats = [(f"{f}", f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.exists()]
     # The file's name changes with all that its content depends on, the code that reads included.
-    name = seed_from(stats, size, COLOURS, inspect.getsource(read_picture))
-    cache = Path(run, f"pictures-{name:08x}.u8")
+    code = inspect.getsource(read_picture), inspect.getsource(as_seen)
+    cache = Path(run, f"pictures-{seed_from(stats, size, COLOURS, code):08x}.u8")
     if RANK == 0 and not cache.exists():  # one process decodes for all,
-        write_whole(cache, (x.contiguous().numpy() for x in decode_pictures(paths, size)))
+        for old in Path(run).glob("pictures-*.u8"):
+            old.unlink()
+        decoded = decode_pictures(paths, size, Path(run, "skipped.txt"))
+        write_whole(cache, (picture.contiguous().numpy() for picture in decoded))
     while not cache.exists():  # and the others wait
         time.sleep(1)
-    # Shared: for a private mapping the system would set aside memory for the whole file.
-    flat = torch.from_file(f"{cache}", shared=True, size=cache.stat().st_size, dtype=torch.uint8)
+    with open(cache, "r+b") as file:  # to write: for a private copy memory would be set aside
+        flat = torch.frombuffer(mmap.mmap(file.fileno(), 0), dtype=torch.uint8)
     return flat.view(-1, len(COLOURS), size, size)
 
 
 def find_pictures(folders):
-    """All picture files below `folders`, but hidden ones: real paths, once each."""
-    seen, found = set(), []
-    for folder in folders:
-        require(Path(folder).is_dir(), f"{folder}: no such folder")
-        found += walk(Path(folder), seen)
+    """All picture files below `folders`: real paths, once each. Other files are counted."""
+    seen = set()
+    files = [path for folder in folders for path in walk(Path(folder), seen)]
+    found = [path for path in files if path.suffix.lower() in SUFFIXES]
+    others = Counter(
+        path.suffix for path in files if path.suffix.lower() not in [*SUFFIXES, ".cat"]
+    )
+    if others:
+        counts = ", ".join(f"{n} {suffix}" for suffix, n in others.items())
+        show(f"passed over: {counts} files (pictures among them: convert them to JPEG)")
     require(found, f"{' '.join(map(str, folders))}: no {' '.join(SUFFIXES)} file in there")
     return found
 
 
 def walk(path, seen):
-    """Yield the picture files at and below `path`, but for those in the set `seen`."""
+    """Yield the files at and below `path`, but for hidden ones and those in the set `seen`."""
     path = path.resolve()
     if path in seen or Path(path, "checkpoint.pt").exists():
         return  # a link led back here; or it is a run, and previews are nothing to learn from
     seen.add(path)
-    if path.is_dir():
-        for inside in sorted(path.glob("[!.]*")):  # macOS leaves ._cat.jpg beside cat.jpg
-            yield from walk(inside, seen)
-    elif path.suffix.lower() in SUFFIXES:
+    if path.is_file():
         yield path
+    for inside in sorted(path.glob("[!.]*")):  # macOS leaves ._cat.jpg beside cat.jpg
+        yield from walk(inside, seen)
 
 
-def decode_pictures(paths, size):
-    """Yield each picture, uint8 (3, size, size). Unreadable files are skipped and listed."""
+def decode_pictures(paths, size, listing):
+    """Yield each picture, uint8 (3, size, size). Unreadable files are skipped and put in a list."""
     skipped = []
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for first in range(0, len(paths), 500):  # not all at once: they may be a million
@@ -757,9 +767,11 @@ def decode_pictures(paths, size):
                     skipped.append(f"{path}: {job.exception()!r}")
                 else:
                     yield job.result()
+    require(len(skipped) < len(paths), f"none of {len(paths)} could be read, as {skipped[:1]}")
     if skipped:
-        show("\n  ".join([f"{len(skipped)} of {len(paths)} pictures skipped:", *skipped[:8]]))
-    require(len(skipped) < len(paths), f"none of {len(paths)} pictures could be decoded")
+        listing.write_text("\n".join(skipped), errors="replace")
+        first = "\n  ".join(skipped[:3])
+        show(f"{len(skipped)} of {len(paths)} pictures skipped, listed in {listing}:\n  {first}")
 
 
 def read_picture(path, size):
@@ -768,8 +780,13 @@ def read_picture(path, size):
     Beside each picture the CAT dataset (Zhang, Sun, Tang 2008) has a file that marks the eyes, the
     mouth and three points on each ear, as "9 x1 y1 ... x9 y9": then we take the face alone.
     """
-    with Image.open(path, formats=("JPEG", "PNG", "WEBP", "BMP", "GIF")) as image:
-        require(image.mode[0] != "I", "grey of 16 bit, which would come out white")
+    with Image.open(path, formats=FORMATS) as image:
+        ours = "catdiffusion" in image.info or image.info.get("comment") == b"catdiffusion"
+        require(not ours, "made by this program")
+        if image.mode[0] == "I":  # grey of 16 bits
+            image = image.convert("I").point(lambda value: value / 257).convert("L")
+        if image.format == "BMP":
+            image = image.convert("RGB")  # viewers ignore its transparency
         if os.path.exists(f"{path}.cat"):
             nine, *points = map(int, Path(f"{path}.cat").read_text().split())
             xs, ys = points[0::2], points[1::2]  # in pixels of the picture
@@ -783,10 +800,22 @@ def read_picture(path, size):
         # A JPEG can be decoded at 1/2, 1/4 or 1/8 of its size, for a fraction of the time; but
         # below three times what we need, its fur would come out blurred, or with a false grain.
         image.draft(None, [math.ceil(3 * side * size / min(image.size)) for side in image.size])
-        image = ImageOps.exif_transpose(image).convert("RGBA")
+        image = as_seen(image).convert("RGBA")
         image = ImageOps.fit(image, (size, size), Image.LANCZOS)  # cuts the middle, shrinks
         white = Image.new("RGBA", (size, size), "white")  # shows where the picture is transparent
         return TF.pil_to_tensor(Image.alpha_composite(white, image).convert(COLOURS))
+
+
+def as_seen(image):
+    """The PIL image as viewers show it, upright and in sRGB. What they cannot read is ignored."""
+    with contextlib.suppress(Exception):  # no EXIF, or a broken one
+        image = image.transpose(TURNS[image.getexif()[0x0112]])
+    with contextlib.suppress(Exception):  # no colour profile, or a broken one
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(image.info["icc_profile"]))
+        srgb = ImageCms.createProfile("sRGB")
+        mode = "RGBA" if image.mode == "RGBA" else "RGB"
+        image = ImageCms.profileToProfile(image, profile, srgb, outputMode=mode)
+    return image
 
 
 def draw_cat(rng, size):
@@ -851,7 +880,6 @@ def train(args, pictures=None):
             state.report(args, loss, due)
             if due:
                 if RANK == 0:
-                    state.save(checkpoint, args)
                     preview(state, args, pictures)
                 state.since = time.perf_counter()  # previews do not count
                 next_preview = state.since + 60 * args.every
@@ -885,19 +913,25 @@ class State:
         self.seconds = 0.0  # of training
         self.log = []  # a dict for each record
         self.losses = []  # since the last record; NaN if the step was skipped
+        self.written = 0  # when the checkpoint was, as we know it
         self.since = self.next_line = time.perf_counter()
         self.next_record = self.since + 10
 
     def save(self, path, args):
-        """Write it to one file, with the settings; all or nothing."""
+        """Write it to one file, with the settings; all or nothing. Raises OSError."""
         data = {"settings": vars(args), "step": self.step, "seconds": self.seconds, "log": self.log}
         data |= {name: part.state_dict() for name, part in self.parts.items()}
         buffer = io.BytesIO()  # torch, writing to a full disk itself, may end the whole process
         torch.save(data, buffer)
+        ours = self.written == time_of(path)  # else another training has been here
+        path = path if ours else path.with_name(f"checkpoint-{os.getpid()}.pt")
         write_whole(path, [buffer.getbuffer()])
+        require(ours, f"another training writes to {path.parent}; this one is saved in {path}")
+        self.written = time_of(path)
 
     def load(self, path):
         """Read it back. Raises Failure if the file is damaged."""
+        self.written = time_of(path)
         with open_checkpoint(path) as saved:
             # Adam's averages are those of the run; whether it is fused depends on this device.
             saved["optimizer"]["param_groups"] = self.optimizer.state_dict()["param_groups"]
@@ -936,7 +970,7 @@ class State:
 
 
 def preview(state, args, pictures):
-    """Show how far the network has come. Nothing that goes wrong here ends the run.
+    """Save, and show how far the network has come. Nothing that goes wrong here ends the run.
 
     previews/STEP.png: always the same 16 pictures. reconstruction.png, loss.png: see their
     functions. log.jsonl: the log, a line for each record.
@@ -944,6 +978,7 @@ def preview(state, args, pictures):
     folder = Path(args.run)
     model, diffusion = state.ema.model, state.diffusion
     try:
+        state.save(folder / "checkpoint.pt", args)
         *_, (_, _, x0_hat) = sample(model, diffusion, 16)
         (folder / "previews").mkdir(exist_ok=True)
         make_sheet(x0_hat).save(folder / "previews" / f"{state.step:06}.png")
@@ -955,6 +990,8 @@ def preview(state, args, pictures):
         x0 = data[:1].to(x0_hat.device)
         reconstruction(model, diffusion, x0).save(folder / "reconstruction.png")
         loss_curve(state.log).save(folder / "loss.png")
+    except Failure:
+        raise  # from save: another training is at work here
     except Exception as e:
         show(f"no preview at step {state.step}: {e!r}")
 
@@ -1050,11 +1087,13 @@ def write_samples(args):
     x0 = torch.stack(shown)
     sheets = [save_new(make_sheet(x0), f"{stem}-grid.png", vars(args))]
     if training:
-        sheets.append(save_new(beside_nearest(x0, training), f"{stem}-nearest.png", vars(args)))
+        sheet = beside_nearest(x0, training, Path(f"{stem}-skipped.txt"))
+        sheets.append(save_new(sheet, f"{stem}-nearest.png", vars(args)))
     if frames:
         sheets.append(f"{stem}.gif")
         times = [80] * (len(frames) - 1) + [3000]  # milliseconds: it rests on the last
-        frames[0].save(sheets[-1], save_all=True, append_images=frames[1:], duration=times, loop=0)
+        how = {"duration": times, "loop": 0, "comment": b"catdiffusion"}
+        frames[0].save(sheets[-1], save_all=True, append_images=frames[1:], **how)
     show("\n".join(map(quoted, sheets + files)))
 
 
@@ -1089,12 +1128,12 @@ def most_like_cats(made, n):
     return sorted(made, key=chance)[-n:]
 
 
-def beside_nearest(x, paths):
+def beside_nearest(x, paths, listing):
     """A sheet of pairs: each picture of x (M, 3, H, W), and the nearest of those in the files.
 
-    The distance is Euclid's, over all pixels.
+    The distance is Euclid's, over all pixels. listing: for unreadable files.
     """
-    pictures = torch.stack(list(decode_pictures(paths, x.shape[-1])))
+    pictures = torch.stack(list(decode_pictures(paths, x.shape[-1], listing)))
     parts = [torch.cdist(x.flatten(1), as_floats(p).flatten(1)) for p in pictures.split(500)]
     nearest = torch.cat(parts, 1).argmin(1)  # (M,)
     return make_sheet(torch.cat([x, as_floats(pictures[nearest])], 3))
@@ -1136,6 +1175,13 @@ def within(least, most=math.inf):
     return number
 
 
+def folder(text):
+    """A type for argparse: a folder that exists."""
+    path = Path(text).expanduser()
+    require(text and path.is_dir(), f"no folder {quoted(path)}; name the one with the pictures")
+    return str(path)
+
+
 def parser(**defaults):
     """The command line, as argparse wants it. defaults: other ones for train's options."""
     how = {"allow_abbrev": False, "formatter_class": argparse.ArgumentDefaultsHelpFormatter}
@@ -1145,7 +1191,7 @@ def parser(**defaults):
     command = commands.add_parser("train", help="learn from pictures", **how)
     add = command.add_argument
     # the run
-    add("--data", nargs="+", action="extend", help="folders of pictures; None: cats that we draw")
+    add("--data", type=folder, nargs="+", action="extend", help="pictures; None: cats that we draw")
     add("--run", help="folder for checkpoint and previews; None: run, or run-drawn without --data")
     add("--steps", type=within(1), help="of training; None: 50000, drawn cats 2000")
     add("--every", type=within(0.0), default=5.0, help="minutes from preview to preview")
@@ -1181,7 +1227,11 @@ def parser(**defaults):
     add("--sampler", choices=SAMPLERS, default="dpm-sde", help="see part 2")
     add("--steps", type=within(1, 1000), help="network calls; None: 25, ddim 50, ddpm 1000")
     add("--best-of", type=within(1), default=1, help="make more, keep what a classifier likes")
-    add("--nearest", help="folder of training pictures: show the nearest beside each sample")
+    add(
+        "--nearest",
+        type=folder,
+        help="folder of training pictures: show the nearest beside each sample",
+    )
     return top
 
 
@@ -1229,6 +1279,8 @@ def settings(*words, **given):
     sides = [args.size >> floor for floor in range(len(args.mults))]  # 64, 32, 16, 8
     if args.attention is None:  # only the largest map of at most 16 px
         args.attention = [side for side in sides if side <= 16][:1]
+    folders = [Path(folder).resolve() for folder in args.data or []]
+    require(Path(args.run).resolve() not in folders, f"--run {args.run}: is a folder of --data")
     halvings = len(sides) - 1
     require(args.size % 2**halvings == 0, f"--size {args.size}: cannot be halved {halvings} times")
     require(set(args.attention) <= set(sides), f"--attention: the maps have only the sides {sides}")
@@ -1244,7 +1296,8 @@ def main(argv=None):
     try:
         args = parser().parse_args(argv)
         if args.command == "sample":
-            write_samples(args)
+            if RANK == 0:
+                write_samples(args)
             return 0
         args = settings(*argv[1:])
         return 0 if train(args).step >= args.steps else 130  # as after Ctrl-C
@@ -1285,8 +1338,9 @@ def quoted(path):
 # batch, and DistributedDataParallel averages their gradients, so that all take the same step.
 # Number 0 alone decodes, saves and prints.
 
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # how many processes
-RANK = int(os.environ.get("RANK", 0))  # which of them this is
+PLACE = os.environ if "TORCHELASTIC_RUN_ID" in os.environ else {}  # set by torchrun
+WORLD_SIZE = int(PLACE.get("WORLD_SIZE", 1))  # how many processes
+RANK = int(PLACE.get("RANK", 0))  # which of them this is
 
 
 def pick_device(name="auto"):
@@ -1444,15 +1498,29 @@ def stop_requests():
 # only (weights_only), so a checkpoint from a stranger cannot run code.
 
 
+def time_of(path):
+    """When a file was written, in nanoseconds; 0 if it does not exist."""
+    return path.stat().st_mtime_ns if path.exists() else 0
+
+
 def write_whole(path, parts):
     """Write bytes to a file; it takes its name only when it is whole and on the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f"{path.name}.part")  # beside it
-    with open(new, "wb") as file:
-        file.writelines(parts)
-        file.flush()
-        os.fsync(file.fileno())  # on the disk, not only in the system's memory
-    os.replace(new, path)  # all or nothing
+    new = path.with_name(f"{path.name}.{os.getpid()}.part")  # beside it
+    try:
+        with open(new, "wb") as file:
+            file.writelines(parts)
+            file.flush()
+            os.fsync(file.fileno())  # on the disk, not only in the system's memory
+        for _ in range(20):
+            with contextlib.suppress(PermissionError):  # Windows, while a program has it open
+                return os.replace(new, path)  # all or nothing
+            time.sleep(0.2)
+        os.replace(new, path)
+    except OSError as e:
+        raise OSError(f"{path} not written: {e}; what was there before is whole") from None
+    finally:
+        new.unlink(missing_ok=True)
 
 
 def save_new(image, path, about):
@@ -1471,14 +1539,15 @@ def save_new(image, path, about):
 @contextlib.contextmanager
 def open_checkpoint(path):
     """What State.save wrote, on the CPU. Failure if it, or what is done with it, fails."""
-    path = Path(path)
+    inside = Path(path, "checkpoint.pt")
+    path = inside if inside.exists() else Path(path)
     require(path.exists(), f"{path}: no such checkpoint; make one: python catdiffusion.py train")
     try:
         yield read_folder(path) if path.is_dir() else torch.load(path, "cpu", weights_only=True)
     except Exception as e:  # a damaged file can raise anything
         if isinstance(e, Failure) or out_of_memory(e):
             raise
-        raise Failure(f"{path}: damaged, or no checkpoint of this program ({e!r})") from None
+        raise Failure(f"{path}: damaged, or not of this program and its network ({e!r})") from None
 
 
 def load_checkpoint(path, device="cpu"):
@@ -1503,6 +1572,11 @@ THEIR_WORDS = """time_embedding.linear_1=time.0 time_embedding.linear_2=time.2 t
 THEIR_CONFIG = {"_class_name": "UNet2DModel", "act_fn": "silu", "attention_head_dim": None}
 THEIR_CONFIG |= {"flip_sin_to_cos": False, "freq_shift": 1, "downsample_padding": 0}
 THEIR_CONFIG |= {"norm_eps": 1e-6, "norm_num_groups": 32}
+# The same for what may be missing, from scheduler_config.json, too.
+THEIR_DEFAULTS = {"center_input_sample": False, "mid_block_scale_factor": 1}
+THEIR_DEFAULTS |= {"time_embedding_type": "positional", "resnet_time_scale_shift": "default"}
+THEIR_DEFAULTS |= {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
+THEIR_DEFAULTS |= {"prediction_type": "epsilon", "num_train_timesteps": 1000}
 
 
 def our_name(name, blocks):
@@ -1523,9 +1597,12 @@ def our_name(name, blocks):
 def read_folder(folder):
     """What State.save writes, as far as sampling needs it, from a folder of diffusers."""
     config = json.loads((folder / "config.json").read_text())
+    for path in folder.glob("scheduler_config.json"):
+        config = json.loads(path.read_text()) | config
     kinds, widths = config["down_block_types"], config["block_out_channels"]
     size, blocks = config["sample_size"], config["layers_per_block"]
-    foreign = [name for name, value in THEIR_CONFIG.items() if config[name] != value]
+    known = THEIR_DEFAULTS | THEIR_CONFIG
+    foreign = [name for name in known if config.get(name, THEIR_DEFAULTS.get(name)) != known[name]]
     foreign += set(kinds) - {"DownBlock2D", "AttnDownBlock2D"}  # blocks that we do not have
     require(not foreign and min(widths) > 127, f"{folder}: not the paper's network, {foreign}")
     described = {"size": size, "blocks": blocks, "schedule": "linear", "prediction": "eps"}
@@ -1551,7 +1628,7 @@ def to_images(x):
 def make_sheet(x, columns=None):
     """Pictures (B, 3, H, W) in [-1, 1] -> one PIL image of them all, row by row, about square."""
     columns = columns or math.ceil(len(x) ** 0.5)
-    return to_images(make_grid(x, columns, pad_value=1.0)[None])[0]
+    return to_images(utils.make_grid(x, columns, pad_value=1.0)[None])[0]
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
 """The tests of catdiffusion, to be read after it: each promise, held against something else."""
 
 import copy
+import itertools
 import json
 import math
 import os
 import random
 import re
 import signal
+import struct
 import subprocess
 import sys
 from functools import partial
@@ -15,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageCms, ImageOps
 from torch import nn
 
 import catdiffusion as cd
@@ -219,7 +221,7 @@ def test_levels_average_and_rate_are_as_promised():
 
 def test_a_batch_is_a_function_of_seed_and_step_and_half_of_it_is_mirrored():
     pictures = torch.randint(256, (20, 3, 16, 16), dtype=torch.uint8)
-    batch = partial(cd.get_batch, pictures, batch=64, choose_t=cd.uniform_levels, device=CPU)
+    batch = partial(cd.get_batch, pictures, n=64, choose_t=cd.uniform_levels, device=CPU)
     x0, t, eps = batch(5, seed=0)
     torch.testing.assert_close(batch(5, seed=0), (x0, t, eps), rtol=0, atol=0)
     for other in (batch(6, seed=0), batch(5, seed=1)):
@@ -264,10 +266,12 @@ def test_the_network_is_the_papers_every_weight_is_used_and_small_layers_are_rig
 
 # ---- Pictures: written here by Pillow, so what must come out is known ---------------------------
 
-RED, BLUE, WHITE = (250, 0, 0), (0, 0, 250), (255, 255, 255)
-KINDS = [(f"a.{suffix}", "RGB", RED, RED) for suffix in "jpg JPEG png webp bmp gif".split()]
-KINDS += [("g.jpg", "L", 99, (99, 99, 99)), ("c.jpg", "CMYK", (0, 255, 255, 0), RED)]
+RED, BLUE, WHITE, GREY = (250, 0, 0), (0, 0, 250), (255, 255, 255), (99, 99, 99)
+KINDS = [(f"a.{end}", "RGB", RED, RED) for end in "jpg JPEG jpe png webp bmp gif tif".split()]
+KINDS += [("g.jpg", "L", 99, GREY), ("c.jpg", "CMYK", (0, 255, 255, 0), RED)]
+KINDS += [("i.png", "I;16", 99 * 257, GREY), ("i.tif", "I;16", 99 * 257, GREY)]
 KINDS += [("t.png", "RGBA", (0, 0, 0, 0), WHITE), ("u.png", "LA", (0, 0), WHITE)]
+ONES = ("wrong.jpg", RED), ("p.png", BLUE), ("p.jpg", BLUE), ("broken.png", RED), ("clear.bmp", RED)
 
 
 def read(path):
@@ -282,6 +286,17 @@ def test_pictures_of_every_kind_are_read_with_their_grain():
     for name, mode, fill, colour in KINDS:
         Image.new(mode, (40, 30), fill).save(name)
         assert near(read(name)[16, 16], colour), name
+    os.rename("a.webp", "wrong.jpg")
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    swapped = profile.replace(b"rXYZ", b"?XYZ").replace(b"bXYZ", b"rXYZ").replace(b"?XYZ", b"bXYZ")
+    for name, icc in (("p.png", swapped), ("p.jpg", swapped), ("broken.png", b"no profile")):
+        Image.new("RGB", (40, 30), RED).save(name, icc_profile=icc)
+    masks = [255 << shift for shift in (16, 8, 0, 24)]
+    head = struct.pack("<IiiHHI20x4I52x", 108, 40, 30, 1, 32, 3, *masks)  # of a BMP with opacity,
+    pixels = bytes([0, 0, 250, 0]) * 1200  # which is 0 everywhere
+    Path("clear.bmp").write_bytes(b"BM" + struct.pack("<12xI", 122)[4:] + head + pixels)
+    for name, colour in ONES:
+        assert near(read(name)[16, 16], colour), name
     grain = Image.frombytes("RGB", (40, 40), random.Random(0).randbytes(3 * 40 * 40))
     grain.resize((250, 250)).save("grain.jpg", quality=95)
     Image.open("grain.jpg").save("grain.png")  # decoded in full size
@@ -290,8 +305,6 @@ def test_pictures_of_every_kind_are_read_with_their_grain():
 
 
 def test_a_picture_gives_its_middle_square_or_its_face_upright_and_never_squashed():
-    exif = Image.Exif()
-    exif[0x0112] = 6  # "turn me 90 degrees clockwise to see me upright"
     for width, height in ((1023, 768), (333, 777), (7, 9)):
         side, image = min(width, height), Image.new("RGB", (width, height))
         square = Image.new("RGB", (side, side), RED)
@@ -299,8 +312,7 @@ def test_a_picture_gives_its_middle_square_or_its_face_upright_and_never_squashe
         image.paste(square, ((width - side) // 2, (height - side) // 2))
         image.save("a.jpg", quality=95)
         image.save("a.png")
-        image.save("turned.jpg", quality=95, exif=exif)
-        for pixels in (read("a.jpg"), read("a.png"), read("turned.jpg").transpose(0, 1)):
+        for pixels in (read("a.jpg"), read("a.png")):
             assert near(pixels[16, 2], RED) and near(pixels[16, -3], BLUE)
     face = Image.new("RGB", (200, 100))
     face.paste(BLUE, (90, 15, 150, 90))
@@ -309,27 +321,50 @@ def test_a_picture_gives_its_middle_square_or_its_face_upright_and_never_squashe
     assert all(near(read("a.png")[y, x], BLUE) for y in (2, 29) for x in (2, 29))
 
 
-def test_bad_pictures_are_skipped_and_every_file_is_taken_once(capsys, monkeypatch):
+def test_photos_stand_upright_whatever_else_their_exif_says():
+    image = cd.draw_cat(random.Random(0), 64)
+    for turn, end in itertools.product(range(10), ("jpg", "png", "webp")):
+        clean = Image.Exif()
+        clean[0x0112] = turn
+        image.save("clean.png", exif=clean)
+        ImageOps.exif_transpose(Image.open("clean.png")).save("upright.png")
+        tags = struct.pack("<HHHIHHHHIHxxI", 2, 0x0112, 3, 1, turn, 0, 0x0128, 2, 2, 50, 0)
+        odd = b"Exif\0\0II*\0" + struct.pack("<I", 8) + tags  # a unit of resolution that is a word
+        image.save(f"odd.{end}", exif=odd, quality=95)
+        assert (read(f"odd.{end}") - read("upright.png")).abs().mean() < 8, (turn, end)
+
+
+def test_every_real_file_is_found_once_however_it_is_reached(capsys):
+    files = "cats/1.jpg cats/deep/2.JPG cats/run/checkpoint.pt cats/run/3.png cats/.hidden/4.jpg"
+    for name in f"{files} cats/._5.jpg cats/6.heic other/7.webp other/1.jpg.cat".split():
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).touch()
+    for (
+        link
+    ) in "cats/self=. cats/loop=.. cats/deep/up=../.. link=cats cats/again.jpg=1.jpg".split():
+        Path(link.split("=")[0]).symlink_to(link.split("=")[1])
+    for folders, count in (("other", 1), ("link/../other", 1), ("cats", 3), ("cats link", 3)):
+        assert len(cd.find_pictures(folders.split())) == count, folders
+    assert "1 .heic files" in capsys.readouterr().out
+
+
+def test_bad_pictures_are_skipped_and_the_rest_is_decoded_once(capsys, monkeypatch):
     deep = Path("data", "deep", "folder.jpg")
     deep.mkdir(parents=True)
     for i in range(5):
         cd.draw_cat(random.Random(i), 64).save(deep / f"{i}.JPG")
     bad = {"half.jpg": (deep / "0.JPG").read_bytes()[:500], "3.JPG.cat": b"9 1"}
     bad |= {"empty.png": b"", "text.gif": b"no gif", "4.JPG.cat": b"9" + b" 5" * 18}
-    bad |= {"._0.JPG": b"macOS leaves these", "notes.txt": b"stray"}  # not even counted
     for name, content in bad.items():
         (deep / name).write_bytes(content)
-    (deep / "loop").symlink_to(Path("data").absolute())
-    Path("data/again.jpg").symlink_to((deep / "0.JPG").absolute())
-    assert len(cd.load_pictures(["data", deep], 16, "data/run")) == 3
-    told = capsys.readouterr().out
-    assert "5 of 8 pictures skipped" in told and "half.jpg" in told and "4.JPG.cat" in told
-    Path("data/run/checkpoint.pt").touch()
-    Path("data/run/preview.png").touch()  # nothing to learn from
+    assert len(cd.load_pictures(["data", deep], 16, "run")) == 3
+    told, listed = capsys.readouterr().out, Path("run/skipped.txt").read_text()
+    assert "5 of 8 pictures skipped" in told and "half.jpg" in listed and "4.JPG.cat" in listed
     monkeypatch.setattr(cd, "decode_pictures", lambda *_: [torch.zeros(3, 16, 16).byte()])
-    assert len(cd.load_pictures(["data"], 16, "data/run")) == 3  # decoded once,
+    assert len(cd.load_pictures(["data"], 16, "run")) == 3  # decoded once,
     os.utime(deep / "0.JPG", (1, 1))
-    assert len(cd.load_pictures(["data"], 16, "data/run")) == 1  # and anew when something changes
+    assert len(cd.load_pictures(["data"], 16, "run")) == 1  # and anew when something changes
+    assert len(list(Path("run").glob("*.u8"))) == 1
 
 
 # ---- Nothing is lost ----------------------------------------------------------------------------
@@ -401,6 +436,28 @@ def test_damage_a_full_disk_and_losses_that_are_not_finite_harm_no_checkpoint(mo
     assert "--accum" in told and "damaged" not in told
 
 
+def test_of_two_trainings_in_one_folder_none_loses_anything(monkeypatch, capsys):
+    assert run("train", *SMALL, "--steps", 2, "--run", "r") == 0
+    good, replace, train_step = Path("r/checkpoint.pt").read_bytes(), os.replace, cd.train_step
+    busy = iter([PermissionError] * 3)  # as on Windows, while a scanner has the file open
+
+    def slow(*names):
+        for error in busy:
+            raise error
+        replace(*names)
+
+    def other(*rest):  # somebody else's checkpoint appears
+        os.utime("r/checkpoint.pt", (1, 1))
+        return train_step(*rest)
+
+    monkeypatch.setattr(os, "replace", slow)
+    monkeypatch.setattr(cd, "train_step", other)
+    assert run("train", "--run", "r", "--steps", 4) == 2 and next(busy, None) is None
+    assert "another training" in capsys.readouterr().err
+    assert Path("r/checkpoint.pt").read_bytes() == good and not list(Path("r").glob("*.part"))
+    assert load(f"r/checkpoint-{os.getpid()}.pt")["step"] == 4
+
+
 # ---- The two commands ---------------------------------------------------------------------------
 def test_the_two_commands_end_to_end(capsys):
     assert run("train", *SMALL, "--steps", 3, "--every", 0) == 0
@@ -412,6 +469,9 @@ def test_the_two_commands_end_to_end(capsys):
     ends = "-0000.png", "-0001.png", "-0002.png", "-grid.png", "-nearest.png", ".gif"
     assert set(os.listdir("my plots")) == {f"cat-0{end}" for end in ends}
     told = capsys.readouterr().out
+    for own in ("my plots/cat-0-0001.png", "my plots/cat-0.gif"):
+        with pytest.raises(cd.Failure, match="made by this program"):
+            read(own)
     assert "run-drawn/checkpoint.pt" in told and '"my plots/cat-0-0000.png"' in told
 
 
@@ -419,7 +479,7 @@ def test_from_python_pictures_are_made_again_and_the_best_are_kept(monkeypatch):
     args = cd.settings(channels=8, mults=(1, 2), attention=[], steps=2, run="run")
     cd.train(args, pictures=torch.randint(256, (20, 3, 16, 16), dtype=torch.uint8))
     words = "sample", "--steps", 3, "--batch", 5
-    assert run(*words, "-n", 16, "--out", "all/p") == 0
+    assert run(*words, "-n", 16, "--out", "all/p", "--checkpoint", "run") == 0
     files = sorted(Path("all").glob("p-0-0*.png"))
     made = json.loads(Image.open(files[7]).text["catdiffusion"])
     model, diffusion, step = cd.load_checkpoint(made["checkpoint"])
@@ -427,7 +487,11 @@ def test_from_python_pictures_are_made_again_and_the_best_are_kept(monkeypatch):
     *_, (_, _, x0_hat) = cd.sample(model, diffusion, 1, *how)
     pairs = zip(cd.to_images(x0_hat)[0].tobytes(), Image.open(files[7]).tobytes())
     assert max(abs(a - b) for a, b in pairs) <= 1 and made["step"] == step == 2
-    nearest = cd.beside_nearest(x0_hat, files).crop((16, 0, 32, 16))
+    for file in files:
+        Image.open(file).save(file.name)  # without the text that says who made it
+    nearest = cd.beside_nearest(x0_hat, [file.name for file in files], Path("list.txt")).crop(
+        (16, 0, 32, 16)
+    )
     assert nearest.tobytes() == Image.open(files[7]).tobytes()
     bright = nn.Module()  # a classifier that takes bright pictures for cats
     bright.forward = lambda x: F.pad(x.mean((1, 2, 3))[:, None], (283, 716))
@@ -446,6 +510,7 @@ def test_what_comes_with_the_program():
     assert names == {"torch", "torchvision", "PIL", "torch_xla"}
     state = load(HERE / "samples" / "catdiffusion.pt")
     assert "AFHQ" in state["about"] and "CC BY-NC 4.0" in state["about"]
+    os.mkdir("cats")
     commands = re.findall(r"python catdiffusion\.py ([^`#&;\n]+)", readme)
     assert len(commands) > 4
     for words in commands:
@@ -453,19 +518,23 @@ def test_what_comes_with_the_program():
     lines = re.search(r"(    from catdiffusion .*\n(?:    .*\n)+)", readme)[1]
     code = lines.replace("    ", "").replace('"samples/', f'"{HERE}/samples/')
     code += "import sys; assert 'torch_xla' not in sys.modules"
-    subprocess.run([sys.executable, "-B", "-c", code], env=ENVIRONMENT, check=True)
-    assert os.listdir() == ["cat.png"] and Image.open("cat.png").size == (64, 64)
+    leftover = {"WORLD_SIZE": "4", "RANK": "2"}  # without a torchrun that says so
+    code += "; import catdiffusion; assert (catdiffusion.WORLD_SIZE, catdiffusion.RANK) == (1, 0)"
+    subprocess.run([sys.executable, "-B", "-c", code], env=ENVIRONMENT | leftover, check=True)
+    assert sorted(os.listdir()) == ["cat.png", "cats"] and Image.open("cat.png").size == (64, 64)
 
 
 ODD = """train --size 60|train --size x|train --batch 0|train --lr nan|train --dropout 1
 train --channels 33|train --mults 0|train --attention 17|train --schedule square|train --siz 64
 train --device nonsense|train --epochs 3|train --ema 2|train --accum 5|paint
-train --data nowhere|sample -n 0|sample --steps 1001|sample --checkpoint no.pt"""
+train --data nowhere|train --data|train --data=|train --data HERE/README.md
+train --data HERE/samples --run HERE/samples|sample --nearest nowhere|sample --nearest=
+sample -n 0|sample --steps 1001|sample --checkpoint no.pt"""
 
 
 def test_odd_command_lines_get_one_line_and_write_nothing(capsys):
     for words in ODD.replace("\n", "|").split("|"):
-        assert run(*words.split()) == 2, words
+        assert run(*words.replace("HERE", f"{HERE}").split()) == 2, words
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and error.startswith("catdiffusion") and not os.listdir()
 
@@ -491,8 +560,12 @@ def test_a_folder_in_the_layout_of_diffusers_is_read(capsys):
     loaded, diffusion, _ = cd.load_checkpoint(".")
     torch.testing.assert_close(loaded.state_dict(), model.state_dict(), rtol=0, atol=0)
     assert type(diffusion) is cd.Diffusion and diffusion.alphas_cumprod[0].item() > 0.99989
-    config.write_text(json.dumps(CONFIG | {"freq_shift": 0}))
-    assert run("sample", "--checkpoint", ".") == 2 and "freq_shift" in capsys.readouterr().err
+    torch.save(model.half().state_dict(), "diffusion_pytorch_model.bin")
+    assert run("sample", "--checkpoint", ".", "-n", 1, "--steps", 1) == 0
+    for file, odd in (("", "freq_shift"), ("", "center_input_sample"), ("scheduler_", "beta_end")):
+        config.write_text(json.dumps(CONFIG))
+        Path(f"{file}config.json").write_text(json.dumps((CONFIG if file == "" else {}) | {odd: 2}))
+        assert run("sample", "--checkpoint", ".") == 2 and odd in capsys.readouterr().err
 
 
 # ---- Devices: PJRT_DEVICE=CPU walks the whole TPU path, and torchrun's processes meet on this host
