@@ -60,6 +60,7 @@ from torchvision import models, utils
 from torchvision.transforms import functional as TF
 
 COLOURS = "RGB"  # of all pictures, in Pillow's words; "L" is grey
+TIMESTEPS = 1000  # T, how many noise levels there are
 
 # ==== PART 1: THE PAPER =========================================================================
 
@@ -78,20 +79,21 @@ COLOURS = "RGB"  # of all pictures, in Pillow's words; "L" is grey
 # 1 their contrast would be half as large, and each level would drown more than was intended.
 #
 # We know how x_t follows from x_{t−1}. We want the reverse. Bayes' rule gives it, but it needs the
-# distribution of all pictures. For one known x₀ there is a formula, `q_posterior` below. We do not
-# know x₀, but the network predicts the noise, and by Eq. 4 that gives an estimate of the picture.
+# distribution of all pictures. For one known x₀ there is a formula, `q_posterior` below (q is the
+# paper's letter for noising). We do not know x₀, but the network predicts the noise, and by Eq. 4
+# that gives an estimate of the picture.
 #
 # One pixel in numbers, at t = 500:  x₀ = 0.8 and ε = -1.2 give
 # x_t = 0.2789·0.8 + 0.9603·(-1.2) = -0.9292. If we know ε, we can recover x₀:
-# (-0.9292 + 0.9603·1.2) / 0.2789 = 0.8. If we know x₀, we can take one step back, to t = 499. The
-# pixel there has mean 0.00306·0.8 + 0.99410·(-0.92924) = -0.9213 and standard deviation 0.1003.
+# (-0.9292 + 0.9603·1.2) / 0.2789 = 0.8. If we know x₀, we can take one step back, to t = 499: there
+# the formula gives mean 0.00306·0.8 + 0.99410·(-0.92924) = -0.9213, standard deviation 0.1003.
 #
 # The network is trained on squared error, which is smallest at the mean. So its estimate x̂₀ is the
 # mean of all pictures that x_t could have come from: sharp when there is little noise, a blur when
 # there is much. That is why one guess is not enough, and we go in many steps.
 
 
-def linear_schedule(timesteps=1000):
+def linear_schedule(timesteps=TIMESTEPS):
     """β_t for each level, (T,): from almost no noise a step to 2 % a step (Section 4)."""
     return torch.linspace(1e-4, 0.02, timesteps, dtype=torch.float64)
 
@@ -155,8 +157,8 @@ class Noise:
 # differ by a factor for each level, and the loss on ε counts errors at low noise more. The paper
 # found that this gives the best pictures.
 #
-# The loss falls quickly at first, and then it looks flat for hours while the pictures get better,
-# for most of what is left is noise that nobody could predict. A data set so small that no network
+# The loss falls quickly at first, and then it looks flat for hours while the pictures get better:
+# most of what is left is noise that nobody could predict. A data set so small that no network
 # is needed shows it: two pictures of one pixel, +1 with chance 3/4 and -1 with chance 1/4. By Eq. 4
 # they lead to x_t with likelihoods in the ratio e^a to e^−a, a = x_t·√ᾱ/(1−ᾱ). So the mean of both
 # is x̂₀ = (3e^a − e^−a) / (3e^a + e^−a) = tanh(a + ½·ln 3). The best possible loss is then 0.04 at
@@ -179,7 +181,7 @@ class Diffusion(Noise):
         return (x_t - at(self.noise_rate, t) * prediction) / at(self.signal_rate, t)
 
     def loss(self, model, x0, t, eps, *cond):
-        """Mean squared error of the prediction:  (ε − ε_θ(x_t, t))²   (Eq. 14)"""
+        """Mean squared error of the network ε_θ:  (ε − ε_θ(x_t, t))²   (Eq. 14)"""
         prediction = model(self.q_sample(x0, t, eps), t, *cond)
         return F.mse_loss(prediction, self.target(x0, t, eps))
 
@@ -214,9 +216,10 @@ def train_step(model, diffusion, optimizer, batch, accum=1):
 # over others, and the estimate grows sharper.
 #
 # The step treats x̂₀ as the truth and picks a random picture from the Gaussian of Eq. 6 and 7.
-# x̂₀ is only a mean, but the formula is linear in x₀, so the mean of the step is right. Its shape
-# is right only for small steps: hence a thousand. The mean has less noise than a picture at the
-# next level should have, and fresh noise fills it up. Without it, pictures come out smooth.
+# x̂₀ is only a mean, but the formula is linear in x₀, so the mean of the step is right. That the
+# step is a Gaussian is right only for small steps: hence a thousand. The mean has less noise than
+# a picture at the next level should have, and fresh noise fills it up. Without it, pictures come
+# out smooth.
 #
 # The paper writes the same step with the predicted ε. Put Eq. 15 into Eq. 6, and you get the
 # update in its Algorithm 2. We go through x̂₀ because it can be clipped: at t = 999 an error of
@@ -233,8 +236,8 @@ def train_step(model, diffusion, optimizer, batch, accum=1):
 def ddpm_sample(model, diffusion, x_t, fresh_noise, *cond):
     """Algorithm 2. Yields (t, x_t, x0_hat) after each network call; the last x0_hat is the result.
 
-    x_t: pure noise, (B, 3, H, W). fresh_noise(): Gaussian noise of that shape. The levels are
-    T-1, T-2, ..., 0: the network is called at those that it was trained on.
+    x_t: pure noise, (B, 3, H, W). fresh_noise(): Gaussian noise of that shape. t is T-1, T-2, ...,
+    0, here as a plain number: the network is called at the levels that it was trained on.
     """
     for level in reversed(range(diffusion.timesteps)):
         t = torch.full((len(x_t),), level).to(x_t.device)
@@ -450,9 +453,9 @@ class EMA:
 
 # ==== PART 2: SINCE THE PAPER ===================================================================
 
-# What each brought, but for the sampler, was measured on held-out drawn cats: the squared error of
-# x̂₀ after 500 training steps with it, and without it (one seed; the pictures' variance is 0.217).
-# We compare at equal σ, as the same t means different noise in each schedule.
+# "Error" is the squared error of x̂₀ on drawn cats that were not learned, after 500 training steps
+# with the departure or without it (one seed; the pictures' variance is 0.217). We compare at equal
+# σ, as the same t means different noise in each schedule.
 
 # ---- A gentler schedule ------------------------------------------------------------------------
 # The paper's schedule leaves ᾱ = 0.003 at t = 750. In a small picture only the overall brightness
@@ -461,7 +464,7 @@ class EMA:
 # 0.0112, with the linear schedule 0.0202. Back to the paper: `train --schedule linear`.
 
 
-def cosine_schedule(timesteps=1000):
+def cosine_schedule(timesteps=TIMESTEPS):
     """β_t for each level, (T,): ᾱ is a cos² (Nichol & Dhariwal 2021, arXiv:2102.09672, Eq. 17)."""
     u = torch.arange(timesteps + 1, dtype=torch.float64) / timesteps
     cos2 = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2  # ᾱ, but for a factor
@@ -504,16 +507,16 @@ PREDICTIONS = {"v": VDiffusion, "eps": Diffusion}
 # there is little to see. So we take three quarters of the t mostly from the middle, where the
 # shape of the cat is decided, with probability proportional to sin(πt/T) (the idea is that of
 # Esser et al. 2024, arXiv:2403.03206, with another curve). One quarter stays uniform, for grain
-# and colours. Error at σ = 1: 0.0112, with uniform t 0.0136; at σ = 0.1: 0.0013 and 0.0011.
-# Back to the paper: `train --levels uniform`.
+# and colours. Error at σ = 1: 0.0112, with uniform t 0.0136. At σ = 0.1 it is worse: 0.0013
+# against 0.0011. Back to the paper: `train --levels uniform`.
 
 
-def uniform_levels(u, timesteps=1000):
+def uniform_levels(u, timesteps=TIMESTEPS):
     """Random numbers u in [0, 1] -> noise levels t, both (B,). All t are equally likely."""
     return (u * timesteps).long().clamp(max=timesteps - 1)
 
 
-def middle_levels(u, timesteps=1000, uniform=0.25):
+def middle_levels(u, timesteps=TIMESTEPS, uniform=0.25):
     """The same, but mostly from the middle. uniform: this share of them stays uniform."""
     # NOTE a larger share is better for the grain, a smaller one for the shapes.
     rest = ((u - uniform) / (1 - uniform)).clamp(min=0)
@@ -529,7 +532,9 @@ LEVELS = {"middle": middle_levels, "uniform": uniform_levels}
 # A thousand network calls make one picture. 25 are enough, if three things are chosen better.
 # First, the levels to stop at. Most programs take every 40th t. Ours are evenly spaced in log σ,
 # so that each step divides σ by the same factor: from 200, where not even the average brightness
-# is visible (T-1 takes its place), to 0.01 (compare Karras et al. 2022, arXiv:2206.00364).
+# is visible (T-1 takes its place, σ is larger there), to 0.01 (compare Karras et al. 2022,
+# arXiv:2206.00364).
+#
 # The other two are switches, and each sampler is one setting of both:
 #
 #                           the latest estimate    extrapolated from the last two
@@ -539,9 +544,11 @@ LEVELS = {"middle": middle_levels, "uniform": uniform_levels}
 # *Fresh noise or none.* Without it (DDIM, arXiv:2010.02502), nothing random happens after the
 # start. Each picture follows one smooth path from noise to cat, and a smooth path can be walked in
 # large steps. With it, later steps can correct the mistakes of earlier ones.
+#
 # *The latest estimate or an extrapolated one.* x̂₀ changes during a step. A step that uses only
 # its value at the start lags behind. Plotted against log σ, x̂₀ moves on nearly a straight line.
 # We extend the line through the last two estimates to the middle of the step.
+#
 # Same weights, 25 calls, counted by eye without knowing which is which: with `dpm` 46 of 192
 # pictures had a fault that a child would point at, with `dpm-sde` 25.
 # Back to the paper: `sample --sampler ddpm`.
@@ -575,7 +582,7 @@ SAMPLERS = {
     "dpm-sde": Sampler(ddpm_step, True, 25),
     "dpm": Sampler(ddim_step, True, 25),
     "ddim": Sampler(ddim_step, False, 50),
-    "ddpm": Sampler(ddpm_step, False, 1000),
+    "ddpm": Sampler(ddpm_step, False, TIMESTEPS),
 }
 
 
@@ -674,34 +681,7 @@ OPTIMIZERS = {  # with the usual learning rates
 # a thousand. A batch is one indexing operation, and no worker process is ever needed.
 
 SUFFIXES = ".jpg .jpeg .jpe .jfif .png .webp .bmp .gif .tif .tiff .avif".split()
-FORMATS = "JPEG PNG WEBP BMP GIF TIFF AVIF".split()  # whatever the suffix says
-TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # from EXIF's orientation to Pillow's Transpose
 Image.MAX_IMAGE_PIXELS = 300_000_000  # more than any phone takes; twice as many are an error
-
-
-def get_batch(pictures, step, n, seed, choose_t, device):
-    """All that is random in one training step, from (seed, step) alone. Returns x0, t, eps.
-
-    So a run that was stopped and resumed sees the same as one that never was. pictures: uint8
-    (N, 3, H, W). n: how many to take. choose_t: a function from LEVELS.
-    """
-    set_seed(device, seed, step)
-    index = torch.randint(len(pictures), (n,))
-    mirrored = torch.rand(n) < 0.5
-    # The t of a batch are spread evenly, from one random number: each t is as likely as before, but
-    # no batch is all noise (Kingma et al. 2021, arXiv:2107.00630).
-    t = choose_t((torch.rand(1) + torch.arange(n)) / n)
-    eps = torch.randn(n, *pictures.shape[1:], device=device)  # made where it is used
-    mine = slice(RANK, None, WORLD_SIZE)  # of several processes, each takes its share
-    x0 = as_floats(pictures[index[mine]].to(device))
-    x0 = torch.where(mirrored[mine].to(device)[:, None, None, None], x0.flip(3), x0)
-    set_seed(device, seed, step, RANK)  # from here on, for dropout
-    return over_cores([x0, t[mine].to(device), eps[mine]])
-
-
-def as_floats(pictures):
-    """uint8 pictures (N, 3, H, W) as the network sees them: in [-1, 1]."""
-    return pictures.float() / 127.5 - 1
 
 
 def load_pictures(folders, size, run):
@@ -715,7 +695,7 @@ def load_pictures(folders, size, run):
     stats = [(f"{f}", f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.exists()]
     # The file's name changes with all that its content depends on, the code that reads included.
     code = inspect.getsource(read_picture), inspect.getsource(as_seen)
-    cache = Path(run, f"pictures-{seed_from(stats, size, COLOURS, code):08x}.u8")
+    cache = Path(run, f"pictures-{hash_of(stats, size, COLOURS, code):08x}.u8")
     if RANK == 0 and not cache.exists():  # one process decodes for all,
         for old in Path(run).glob("pictures-*.u8"):
             old.unlink()
@@ -723,7 +703,7 @@ def load_pictures(folders, size, run):
         write_whole(cache, (picture.contiguous().numpy() for picture in decoded))
     while not cache.exists():  # and the others wait
         time.sleep(1)
-    with open(cache, "r+b") as file:  # to write: for a private copy memory would be set aside
+    with open(cache, "r+b") as file:  # we do not write; but a mapping of "rb" torch warns about
         flat = torch.frombuffer(mmap.mmap(file.fileno(), 0), dtype=torch.uint8)
     return flat.view(-1, len(COLOURS), size, size)
 
@@ -733,18 +713,16 @@ def find_pictures(folders):
     seen = set()
     files = [path for folder in folders for path in walk(Path(folder), seen)]
     found = [path for path in files if path.suffix.lower() in SUFFIXES]
-    others = Counter(
-        path.suffix for path in files if path.suffix.lower() not in [*SUFFIXES, ".cat"]
-    )
+    kinds = Counter(path.suffix.lower() or "nameless" for path in files)
+    others = [f"{n} {kind}" for kind, n in kinds.items() if kind not in [*SUFFIXES, ".cat"]]
     if others:
-        counts = ", ".join(f"{n} {suffix}" for suffix, n in others.items())
-        show(f"passed over: {counts} files (pictures among them: convert them to JPEG)")
+        show(f"passed over: {', '.join(others)} files (convert pictures among them to JPEG)")
     require(found, f"{' '.join(map(str, folders))}: no {' '.join(SUFFIXES)} file in there")
     return found
 
 
 def walk(path, seen):
-    """Yield the files at and below `path`, but for hidden ones and those in the set `seen`."""
+    """Yield the files at and below `path`, but no hidden ones, and none twice: `seen` grows."""
     path = path.resolve()
     if path in seen or Path(path, "checkpoint.pt").exists():
         return  # a link led back here; or it is a run, and previews are nothing to learn from
@@ -762,7 +740,8 @@ def decode_pictures(paths, size, listing):
         for first in range(0, len(paths), 500):  # not all at once: they may be a million
             show(f"decoding pictures, {first} of {len(paths)}", passing=True)
             some = paths[first : first + 500]
-            for path, job in [(path, pool.submit(read_picture, path, size)) for path in some]:
+            jobs = [pool.submit(read_picture, path, size) for path in some]
+            for path, job in zip(some, jobs):
                 if job.exception():  # a damaged file can make a decoder raise anything
                     skipped.append(f"{path}: {job.exception()!r}")
                 else:
@@ -770,17 +749,18 @@ def decode_pictures(paths, size, listing):
     require(len(skipped) < len(paths), f"none of {len(paths)} could be read, as {skipped[:1]}")
     if skipped:
         listing.write_text("\n".join(skipped), errors="replace")
-        first = "\n  ".join(skipped[:3])
-        show(f"{len(skipped)} of {len(paths)} pictures skipped, listed in {listing}:\n  {first}")
+        some = "\n  ".join(skipped[:3])
+        show(f"{len(skipped)} of {len(paths)} pictures skipped, listed in {listing}:\n  {some}")
 
 
 def read_picture(path, size):
-    """One file -> uint8 (3, size, size), upright, white behind it. Raises as Pillow does.
+    """One file -> uint8 (3, size, size), upright, white behind it. Raises anything.
 
     Beside each picture the CAT dataset (Zhang, Sun, Tang 2008) has a file that marks the eyes, the
     mouth and three points on each ear, as "9 x1 y1 ... x9 y9": then we take the face alone.
     """
-    with Image.open(path, formats=FORMATS) as image:
+    formats = "JPEG PNG WEBP BMP GIF TIFF AVIF".split()  # whatever the suffix says
+    with Image.open(path, formats=formats) as image:
         ours = "catdiffusion" in image.info or image.info.get("comment") == b"catdiffusion"
         require(not ours, "made by this program")
         if image.mode[0] == "I":  # grey of 16 bits
@@ -799,7 +779,7 @@ def read_picture(path, size):
             image = image.crop((left, top, left + side, top + side))
         # A JPEG can be decoded at 1/2, 1/4 or 1/8 of its size, for a fraction of the time; but
         # below three times what we need, its fur would come out blurred, or with a false grain.
-        image.draft(None, [math.ceil(3 * side * size / min(image.size)) for side in image.size])
+        image.draft(None, [math.ceil(3 * length * size / min(image.size)) for length in image.size])
         image = as_seen(image).convert("RGBA")
         image = ImageOps.fit(image, (size, size), Image.LANCZOS)  # cuts the middle, shrinks
         white = Image.new("RGBA", (size, size), "white")  # shows where the picture is transparent
@@ -808,8 +788,9 @@ def read_picture(path, size):
 
 def as_seen(image):
     """The PIL image as viewers show it, upright and in sRGB. What they cannot read is ignored."""
-    with contextlib.suppress(Exception):  # no EXIF, or a broken one
-        image = image.transpose(TURNS[image.getexif()[0x0112]])
+    turns = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF's orientation -> Image.Transpose
+    with contextlib.suppress(Exception):  # it is upright, or has no EXIF, or a broken one
+        image = image.transpose(turns[image.getexif()[0x0112]])
     with contextlib.suppress(Exception):  # no colour profile, or a broken one
         profile = ImageCms.ImageCmsProfile(io.BytesIO(image.info["icc_profile"]))
         srgb = ImageCms.createProfile("sRGB")
@@ -843,13 +824,39 @@ def draw_cat(rng, size):
 # ---- Train -------------------------------------------------------------------------------------
 # The loop is what Algorithm 1 says: a batch, a training step, and the average on top. As a batch
 # follows from the step's number, all that changes in a run is the `State`. One file holds it, so a
-# stopped run resumes as if it had never stopped.
+# stopped run resumes as if it had never stopped. (RANK, set_seed and the like: part 4.)
+
+
+def get_batch(pictures, step, n, seed, choose_t, device):
+    """A batch x0, t, eps for `train_step`, all of it from (seed, step) alone.
+
+    So a run that was stopped and resumed sees the same as one that never was. pictures: uint8
+    (N, 3, H, W). n: how many to take. choose_t: a function from LEVELS.
+    """
+    set_seed(device, seed, step)
+    index = torch.randint(len(pictures), (n,))
+    mirrored = torch.rand(n) < 0.5
+    # The t of a batch are spread evenly, from one random number: each t is as likely as before, but
+    # no batch is all noise (Kingma et al. 2021, arXiv:2107.00630).
+    t = choose_t((torch.rand(1) + torch.arange(n)) / n)
+    eps = torch.randn(n, *pictures.shape[1:], device=device)  # made where it is used
+    mine = slice(RANK, None, WORLD_SIZE)  # of several processes, each takes its share
+    x0 = as_floats(pictures[index[mine]].to(device))
+    x0 = torch.where(mirrored[mine].to(device)[:, None, None, None], x0.flip(3), x0)
+    set_seed(device, seed, step, RANK)  # from here on, for dropout
+    return over_cores([x0, t[mine].to(device), eps[mine]])
+
+
+def as_floats(pictures):
+    """uint8 pictures (N, 3, H, W) as the network sees them: in [-1, 1]."""
+    return pictures.float() / 127.5 - 1
 
 
 def train(args, pictures=None):
     """Train as `args`, from settings(), say; resume if the run has a checkpoint. Returns the State.
 
-    pictures: uint8 (N, 3, size, size), instead of args.data. Raises Failure, OSError.
+    pictures: uint8 (N, 3, size, size), instead of args.data; name a `run` for them. Raises Failure,
+    OSError.
     """
     device = pick_device(args.device)
     if pictures is not None:
@@ -862,24 +869,33 @@ def train(args, pictures=None):
     checkpoint = Path(args.run, "checkpoint.pt")
     if checkpoint.exists():
         state.load(checkpoint)
+    elif args.init:
+        with open_checkpoint(args.init) as saved:
+            state.model.load_state_dict(saved["ema"])
+            state.ema.model.load_state_dict(saved["ema"])
     few = " (few: the network may repeat them)" if len(pictures) < 1000 else ""
     show(f"{len(pictures)} pictures of {args.size} px{few}; on {device}; previews go to {args.run}")
+    age = 1000 if args.init else 0  # of the average: weights that are good are not to be forgotten
     model = over_processes(state.model, args.accum)
     next_preview = state.since + 60 * min(1, args.every)  # the first after a minute
     with stop_requests() as asked:  # a training step is always finished
         while state.step < args.steps and not asked():
-            levels = LEVELS[args.levels]
-            batch = get_batch(pictures, state.step, args.batch, args.seed, levels, device)
+            choose_t = LEVELS[args.levels]
+            batch = get_batch(pictures, state.step, args.batch, args.seed, choose_t, device)
             rate = learning_rate(state.step, args.steps, args.lr)
             state.optimizer.param_groups[0]["lr"] = torch.tensor(rate).to(device)
             loss = train_step(model, state.diffusion, state.optimizer, batch, args.accum)
-            state.ema.update(state.model, state.step)
+            state.ema.update(state.model, state.step + age)
             end_of_step(device)
             state.step += 1
             due = state.step == args.steps or time.perf_counter() >= next_preview
             state.report(args, loss, due)
             if due:
                 if RANK == 0:
+                    try:
+                        state.save(checkpoint, args)
+                    except OSError as e:  # a full disk, say; it may have room by the next time
+                        show(f"step {state.step}: {e}")
                     preview(state, args, pictures)
                 state.since = time.perf_counter()  # previews do not count
                 next_preview = state.since + 60 * args.every
@@ -889,7 +905,8 @@ def train(args, pictures=None):
     if WORLD_SIZE > 1:
         del model  # the wrapper first: as the last to hold the group, it would wait for ever
         torch.distributed.destroy_process_group()  # else its threads may abort as we leave
-    show(f"saved at step {state.step} of {args.steps}; the same command resumes. Now sample:")
+    rest = "; the same command resumes" if state.step < args.steps else ""
+    show(f"saved at step {state.step} of {args.steps}{rest}. Now sample:")
     show(f"python catdiffusion.py sample -n 8 --checkpoint {quoted(checkpoint)}")
     return state
 
@@ -898,7 +915,8 @@ def learning_rate(step, steps, peak):
     """Up in the first 200 steps, while Adam's averages are young; down to 0 in the last fifth."""
     # NOTE the paper keeps its rate after a warm-up. Falling lets the network settle. Never exactly
     # 0: that is how a skipped step is marked.
-    return peak * min(1, (step + 1) / 200, (steps - step) / steps * 5)
+    warm_up = min(200, 0.4 * steps)  # a short run warms up in less
+    return peak * min(1, (step + 1) / warm_up, (steps - step) / steps * 5)
 
 
 class State:
@@ -918,7 +936,7 @@ class State:
         self.next_record = self.since + 10
 
     def save(self, path, args):
-        """Write it to one file, with the settings; all or nothing. Raises OSError."""
+        """Write it to one file, with the settings; all or nothing. Raises Failure, OSError."""
         data = {"settings": vars(args), "step": self.step, "seconds": self.seconds, "log": self.log}
         data |= {name: part.state_dict() for name, part in self.parts.items()}
         buffer = io.BytesIO()  # torch, writing to a full disk itself, may end the whole process
@@ -970,7 +988,7 @@ class State:
 
 
 def preview(state, args, pictures):
-    """Save, and show how far the network has come. Nothing that goes wrong here ends the run.
+    """Show how far the network has come. Nothing that goes wrong here ends the run.
 
     previews/STEP.png: always the same 16 pictures. reconstruction.png, loss.png: see their
     functions. log.jsonl: the log, a line for each record.
@@ -978,7 +996,6 @@ def preview(state, args, pictures):
     folder = Path(args.run)
     model, diffusion = state.ema.model, state.diffusion
     try:
-        state.save(folder / "checkpoint.pt", args)
         *_, (_, _, x0_hat) = sample(model, diffusion, 16)
         (folder / "previews").mkdir(exist_ok=True)
         make_sheet(x0_hat).save(folder / "previews" / f"{state.step:06}.png")
@@ -990,8 +1007,6 @@ def preview(state, args, pictures):
         x0 = data[:1].to(x0_hat.device)
         reconstruction(model, diffusion, x0).save(folder / "reconstruction.png")
         loss_curve(state.log).save(folder / "loss.png")
-    except Failure:
-        raise  # from save: another training is at work here
     except Exception as e:
         show(f"no preview at step {state.step}: {e!r}")
 
@@ -1041,7 +1056,7 @@ def sample(
     device = next(model.parameters()).device
     # Each picture has its own source of noise, and on the CPU: so it is the same picture, up to
     # rounding, on another device and in another batch.
-    sources = [torch.Generator().manual_seed(seed_from(seed, i)) for i in range(first, first + n)]
+    sources = [torch.Generator().manual_seed(hash_of(seed, i)) for i in range(first, first + n)]
     shape = len(COLOURS), model.size, model.size
 
     def fresh_noise():
@@ -1068,9 +1083,11 @@ def write_samples(args):
     shipped = Path(__file__).parent / "samples" / "catdiffusion.pt"
     args.checkpoint = args.checkpoint or str(max(runs, key=os.path.getmtime, default=shipped))
     args.steps = args.steps or SAMPLERS[args.sampler].calls
-    model, diffusion, args.step = load_checkpoint(args.checkpoint, pick_device(args.device))
+    model, diffusion, args.trained_steps = load_checkpoint(
+        args.checkpoint, pick_device(args.device)
+    )
     training = find_pictures([args.nearest]) if args.nearest else None
-    show(f"sampling with {args.checkpoint}, step {args.step}")
+    show(f"sampling with {args.checkpoint}, trained for {args.trained_steps} steps")
     if args.out.endswith("/") or Path(args.out).is_dir():
         args.out = str(Path(args.out, "cat"))
     stem = f"{args.out}-{args.seed}"
@@ -1090,10 +1107,13 @@ def write_samples(args):
         sheet = beside_nearest(x0, training, Path(f"{stem}-skipped.txt"))
         sheets.append(save_new(sheet, f"{stem}-nearest.png", vars(args)))
     if frames:
-        sheets.append(f"{stem}.gif")
+        film = Path(f"{stem}.gif")
+        while film.exists():
+            film = film.with_stem(f"{film.stem}-new")
+        sheets.append(film)
         times = [80] * (len(frames) - 1) + [3000]  # milliseconds: it rests on the last
         how = {"duration": times, "loop": 0, "comment": b"catdiffusion"}
-        frames[0].save(sheets[-1], save_all=True, append_images=frames[1:], **how)
+        frames[0].save(film, save_all=True, append_images=frames[1:], **how)
     show("\n".join(map(quoted, sheets + files)))
 
 
@@ -1101,15 +1121,15 @@ def make_pictures(args, model, diffusion, frames):
     """Yield (number, picture) for all that `args` ask for; put those of the film into `frames`."""
     begun = time.perf_counter()
     numbers = range(args.first, args.first + args.n * args.best_of)
-    for start in range(0, len(numbers), args.batch):
-        some = numbers[start : start + args.batch]
+    for before in range(0, len(numbers), args.batch):
+        some = numbers[before : before + args.batch]
         chain = sample(model, diffusion, len(some), args.sampler, args.steps, args.seed, some[0])
         for k, (_, x_t, x0_hat) in enumerate(chain, 1):
-            done = (start + len(some) * k / args.steps) / len(numbers)
+            done = (before + len(some) * k / args.steps) / len(numbers)
             left = (time.perf_counter() - begun) * (1 - done) / done
             show(f"pictures {some[0]} to {some[-1]}, call {k}, {left:.0f} s left", passing=True)
             filmed = k % math.ceil(args.steps / 50) == 0 or k == args.steps
-            if args.gif and start == 0 and filmed:
+            if args.gif and before == 0 and filmed:
                 frames.append(make_sheet(torch.cat([x_t, x0_hat], 3)))  # side by side
         yield from zip(some, x0_hat.cpu())
 
@@ -1148,7 +1168,7 @@ LEARNED = "size", "channels", "mults", "blocks", "attention", "schedule", "predi
 
 
 class Failure(argparse.ArgumentTypeError):
-    """Something the user can mend: main() prints it in one line."""
+    """Something the user can mend: main() prints it in one line. argparse knows the base class."""
 
 
 def require(holds, message):
@@ -1193,6 +1213,7 @@ def parser(**defaults):
     # the run
     add("--data", type=folder, nargs="+", action="extend", help="pictures; None: cats that we draw")
     add("--run", help="folder for checkpoint and previews; None: run, or run-drawn without --data")
+    add("--init", help="checkpoint to start from; None: from random weights")
     add("--steps", type=within(1), help="of training; None: 50000, drawn cats 2000")
     add("--every", type=within(0.0), default=5.0, help="minutes from preview to preview")
     add("--device", default="auto", help="tpu, cuda, mps, xpu or cpu; auto takes the best there is")
@@ -1216,7 +1237,7 @@ def parser(**defaults):
     command.set_defaults(**defaults)
 
     add = commands.add_parser("sample", help="make new pictures", **how).add_argument
-    add("--checkpoint", help="None: that of the newest run here, or the cats that come along")
+    add("--checkpoint", help="None: the newer of run and run-drawn, or the cats that come along")
     add("-n", "--n", type=within(1), default=8, help="how many pictures")
     add("--seed", type=within(0), default=0, help="another seed, other cats")
     add("--first", type=within(0), default=0, help="number of the first picture of that seed")
@@ -1225,13 +1246,9 @@ def parser(**defaults):
     add("--device", default="auto", help="tpu, cuda, mps, xpu or cpu; auto takes the best there is")
     add("--batch", type=within(1), default=16, help="pictures at once")
     add("--sampler", choices=SAMPLERS, default="dpm-sde", help="see part 2")
-    add("--steps", type=within(1, 1000), help="network calls; None: 25, ddim 50, ddpm 1000")
+    add("--steps", type=within(1, TIMESTEPS), help="network calls; None: 25, ddim 50, ddpm 1000")
     add("--best-of", type=within(1), default=1, help="make more, keep what a classifier likes")
-    add(
-        "--nearest",
-        type=folder,
-        help="folder of training pictures: show the nearest beside each sample",
-    )
+    add("--nearest", type=folder, help="training pictures: show the nearest beside each sample")
     return top
 
 
@@ -1255,11 +1272,14 @@ def settings(*words, **given):
     typed = {name: value for name, value in typed.items() if value is not None}
     typed.setdefault("run", "run" if "data" in typed else "run-drawn")
     path = Path(typed["run"], "checkpoint.pt")
+    names = set(defaults) - {"run", "device"}  # these are chosen each time
+    if not path.exists():  # a new run; of what it may start from, it takes the network alone
+        path = typed.get("init")
+        names = LEARNED
     saved = {}
-    if path.exists():
+    if path:
         with open_checkpoint(path) as checkpoint:
-            saved = {k: value for k, value in checkpoint["settings"].items() if k in defaults}
-        del saved["run"], saved["device"]  # these are chosen each time
+            saved = {k: value for k, value in checkpoint["settings"].items() if k in names}
     args = argparse.Namespace(**defaults | saved | typed)
     changed = {name: was for name, was in saved.items() if vars(args)[name] != was}
     wrong = [word for name in LEARNED if name in changed for word in as_words(name, changed[name])]
@@ -1396,8 +1416,8 @@ def build_optimizer(name, model, device):
     """The optimizer of that name, for parameters on `device`; it leaves broken steps out."""
 
     def skip_broken_step(optimizer, args, kwargs):
-        # If a gradient is not finite, all gradients and the rate become 0. Nobody waits for the
-        # device: rate 0 is how the training loop learns of it.
+        # If a gradient is not finite, clipping has made each of them 0 or NaN. They all become 0,
+        # and so does the rate: that is how State.report learns of it, and nobody has to wait.
         group = optimizer.param_groups[0]  # there is one
         gradients = [p.grad for p in group["params"] if p.grad is not None]
         finite = nn.utils.get_total_norm(gradients).isfinite()  # True or False, on the device
@@ -1446,16 +1466,16 @@ def over_processes(model, accum):
     return model
 
 
-def seed_from(*parts):
-    """A seed that is a function of `parts`, say (seed, step)."""
+def hash_of(*parts):
+    """A number of 32 bits that is a function of `parts`, say (seed, step)."""
     return random.Random(repr(parts)).getrandbits(32)
 
 
 def set_seed(device, *parts):
     """Make all randomness from here on a function of `parts`."""
-    torch.manual_seed(seed_from(*parts))
+    torch.manual_seed(hash_of(*parts))
     if device.type == "xla":
-        sys.modules["torch_xla"].manual_seed(seed_from(*parts))
+        sys.modules["torch_xla"].manual_seed(hash_of(*parts))
 
 
 def out_of_memory(error):
@@ -1538,7 +1558,7 @@ def save_new(image, path, about):
 
 @contextlib.contextmanager
 def open_checkpoint(path):
-    """What State.save wrote, on the CPU. Failure if it, or what is done with it, fails."""
+    """Yield what State.save wrote, on the CPU. What fails in the `with` block is a Failure, too."""
     inside = Path(path, "checkpoint.pt")
     path = inside if inside.exists() else Path(path)
     require(path.exists(), f"{path}: no such checkpoint; make one: python catdiffusion.py train")

@@ -1,5 +1,6 @@
 """The tests of catdiffusion, to be read after it: each promise, held against something else."""
 
+import contextlib
 import copy
 import itertools
 import json
@@ -368,10 +369,15 @@ def test_bad_pictures_are_skipped_and_the_rest_is_decoded_once(capsys, monkeypat
 
 
 # ---- Nothing is lost ----------------------------------------------------------------------------
-def test_resumed_is_bit_for_bit_the_run_that_was_not_and_follows_one_rule(capsys):
-    for folder, steps in (("whole", 7), ("r", 3)):
-        assert run("train", *SMALL, "--dropout", 0.2, "--steps", steps, "--run", folder) == 0
-    assert run("train", "--run", "r", "--steps", 7) == 0  # the rest is as the run has it
+def test_resumed_is_bit_for_bit_the_run_that_was_not_and_follows_one_rule(capsys, monkeypatch):
+    words = "train", *SMALL, "--dropout", 0.2, "--steps", 7, "--run"
+    assert run(*words, "whole") == 0
+    answers = itertools.chain([False] * 3, itertools.repeat(True))
+    asked = partial(next, answers)  # whether to stop
+    with monkeypatch.context() as patch:
+        patch.setattr(cd, "stop_requests", partial(contextlib.nullcontext, asked))
+        assert run(*words, "r") == 130 and load("r/checkpoint.pt")["step"] == 3
+    assert run("train", "--run", "r") == 0  # the rest is as the run has it
     whole, parts = load("whole/checkpoint.pt"), load("r/checkpoint.pt")
     assert whole["step"] == parts["step"] == 7
     whole["state"], parts["state"] = whole["optimizer"]["state"], parts["optimizer"]["state"]
@@ -384,6 +390,19 @@ def test_resumed_is_bit_for_bit_the_run_that_was_not_and_follows_one_rule(capsys
     assert load("r/checkpoint.pt")["settings"]["lr"] == 2e-4  # the rate goes with the optimizer
     assert run("train", "--run", "r", "--channels", 16, "--mults", 1) == 2
     assert "has learned with --channels 8 --mults 1 2" in capsys.readouterr().err
+
+
+def test_a_run_can_start_from_other_weights_and_keeps_their_network(capsys):
+    assert run("train", *SMALL, "--steps", 3, "--schedule", "linear", "--run", "old") == 0
+    words = "train", "--init", "old", "--run", "new", "--lr", 1e-6
+    assert run(*words, "--steps", 2) == 0
+    old, new = load("old/checkpoint.pt"), load("new/checkpoint.pt")
+    assert new["step"] == 2 and new["settings"]["schedule"] == "linear"
+    for name in ("model", "ema"):
+        torch.testing.assert_close(new[name], old["ema"], rtol=0, atol=1e-4)
+    assert run(*words, "--steps", 3) == 0 and load("new/checkpoint.pt")["step"] == 3  # it goes on
+    assert run("train", "--init", "old", "--run", "x", "--size", 32) == 2
+    assert "old has learned with --size 16" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
@@ -486,7 +505,7 @@ def test_from_python_pictures_are_made_again_and_the_best_are_kept(monkeypatch):
     how = (made[name] for name in ("sampler", "steps", "seed", "number"))
     *_, (_, _, x0_hat) = cd.sample(model, diffusion, 1, *how)
     pairs = zip(cd.to_images(x0_hat)[0].tobytes(), Image.open(files[7]).tobytes())
-    assert max(abs(a - b) for a, b in pairs) <= 1 and made["step"] == step == 2
+    assert max(abs(a - b) for a, b in pairs) <= 1 and made["trained_steps"] == step == 2
     for file in files:
         Image.open(file).save(file.name)  # without the text that says who made it
     nearest = cd.beside_nearest(x0_hat, [file.name for file in files], Path("list.txt")).crop(
@@ -600,7 +619,7 @@ def test_the_tpu_path_compiles_once_and_uses_all_cores_and_the_cpu_reads_what_it
 
 def test_two_processes_learn_what_one_does():
     torchrun = "-m torch.distributed.run --standalone --nproc-per-node=2 --local-addr=127.0.0.1 --"
-    words = "train", *SMALL, "--lr", "0.1", "--accum", "2", "--steps", "20"
+    words = "train", *SMALL, "--lr", "0.003", "--accum", "2", "--steps", "20"
     environment, weights = ENVIRONMENT | {"GLOO_SOCKET_IFNAME": "lo"}, []
     for folder, how in (("one", []), ("two", torchrun.split())):
         command = [sys.executable, *how, HERE / "catdiffusion.py", *words, "--run", folder]
