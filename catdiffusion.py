@@ -134,8 +134,9 @@ class Noise:
             mean = √ᾱ'·β/(1−ᾱ)·x₀ + √(1−β)·(1−ᾱ')/(1−ᾱ)·x_t,    variance = β·(1−ᾱ')/(1−ᾱ)
 
         ᾱ' is ᾱ at t_next. β = 1 − ᾱ/ᾱ' is the variance of the noise added between the two levels:
-        in the paper t_next is t − 1, and this is β_t. The mean lies between x_t and x₀, near x_t if
-        the step is small. The weights are what Bayes' rule gives for Gaussians.
+        in the paper t_next is t − 1, and this is β_t. The mean is mostly x_t if the step is small.
+        Why these weights? By x₀ the picture at t_next is √ᾱ'·x₀, with variance 1−ᾱ'. By x_t it is
+        x_t/√(1−β), with variance β/(1−β). The mean averages both, weighted by 1/variance.
         """
         abar = at(self.alphas_cumprod, t)
         abar_next = at(self.alphas_cumprod, t_next)
@@ -153,17 +154,17 @@ class Noise:
 # settings and a learning rate of 2e-4.
 #
 # Why is the noise the target, when we want the picture? By Eq. 4, either one gives the other. If
-# the picture is wrong by d, then the noise is wrong by d·√ᾱ_t/√(1−ᾱ_t). So the two squared errors
-# differ by a factor for each level, and the loss on ε counts errors at low noise more. The paper
-# found that this gives the best pictures.
+# the picture is wrong by d, then the noise is wrong by d·√ᾱ_t/√(1−ᾱ_t). So the squared error of the
+# noise is that of the picture times ᾱ_t/(1−ᾱ_t), which is 9999 at t = 0 and 0.085 at t = 500. This
+# loss cares much about low noise. The paper found that it gives the best pictures.
 #
-# The loss falls quickly at first, and then it looks flat for hours while the pictures get better:
-# most of what is left is noise that nobody could predict. A data set so small that no network
-# is needed shows it: two pictures of one pixel, +1 with chance 3/4 and -1 with chance 1/4. By Eq. 4
-# they lead to x_t with likelihoods in the ratio e^a to e^−a, a = x_t·√ᾱ/(1−ᾱ). So the mean of both
-# is x̂₀ = (3e^a − e^−a) / (3e^a + e^−a) = tanh(a + ½·ln 3). The best possible loss is then 0.04 at
-# t = 100, 0.38 at t = 250 and 0.06 at t = 500. (At low noise the picture gives the noise away; at
-# high noise x_t is nearly the noise itself; in between it is hard.)
+# The loss falls quickly at first, and then it looks flat for hours while the pictures get better.
+# For even a perfect network has a loss, as one x_t can come from several pictures. The smallest
+# example needs no network: two pictures of one pixel, +1 with chance 3/4 and -1 with chance 1/4.
+# By Eq. 4 they lead to x_t with likelihoods in the ratio e^a to e^−a, a = x_t·√ᾱ/(1−ᾱ). So the
+# weighted mean is x̂₀ = (3e^a − e^−a) / (3e^a + e^−a) = tanh(a + ½·ln 3). The best possible loss
+# on ε is then 0.04 at t = 100, 0.38 at t = 250 and 0.06 at t = 500. (At low noise the picture
+# gives the noise away; at high noise x_t is nearly the noise itself; in between it is hard.)
 
 
 class Diffusion(Noise):
@@ -181,7 +182,7 @@ class Diffusion(Noise):
         return (x_t - at(self.noise_rate, t) * prediction) / at(self.signal_rate, t)
 
     def loss(self, model, x0, t, eps, *cond):
-        """Mean squared error of the network ε_θ:  (ε − ε_θ(x_t, t))²   (Eq. 14)"""
+        """Mean squared error, here (ε − ε_θ(x_t, t))², where ε_θ is the network (Eq. 14)"""
         prediction = model(self.q_sample(x0, t, eps), t, *cond)
         return F.mse_loss(prediction, self.target(x0, t, eps))
 
@@ -252,7 +253,8 @@ def ddpm_sample(model, diffusion, x_t, fresh_noise, *cond):
 # ---- Network -----------------------------------------------------------------------------------
 # The paper's U-Net. A picture goes down a staircase of resolutions, each half the one before, and
 # up again; on the way up every floor also sees what it looked like on the way down. So the bottom
-# decides where the cat is, and the top still knows each hair. With the default numbers for 64 px:
+# decides where the cat is, and the top still knows each hair. Inside, a picture has many channels,
+# each of them called a map. With the default numbers for 64 px (channels x height x width):
 #
 #     noisy picture  3 x 64 x 64                                  prediction  3 x 64 x 64
 #           ↓                                                          ↑
@@ -264,8 +266,9 @@ def ddpm_sample(model, diffusion, x_t, fresh_noise, *cond):
 #           '----->  middle: block, attention, block  ----------------'
 #
 # One network serves all noise levels. Whether a speck is fur or noise depends on how much noise
-# there must be, so every block is told t. Ours has fewer channels than the paper's. Built with the
-# paper's numbers and given its weights, it computes what the paper's network computes.
+# there must be, so every block (two convolutions, and a shortcut that adds the input to the result)
+# is told t, which the paper calls the time. Ours has fewer channels than the paper's. Built with
+# the paper's numbers and given its weights, it computes what the paper's network computes.
 
 
 def time_embedding(t, channels):
@@ -377,20 +380,22 @@ class UNet(nn.Module):
         c = channels
         c_skips = [c]  # of what the way down leaves behind
         for floor, mult in enumerate(mults):
-            here = (size >> floor) in attention
+            attend = size // 2**floor in attention
             for _ in range(blocks):
-                self.down.append(ResBlock(c, channels * mult, c_time, dropout, here))
+                self.down.append(ResBlock(c, channels * mult, c_time, dropout, attend))
                 c = channels * mult
                 c_skips.append(c)
             if floor < len(mults) - 1:
                 self.down.append(init(Downsample(c, c, 3, stride=2)))
                 c_skips.append(c)
-        first, second = ResBlock(c, c, c_time, dropout, True), ResBlock(c, c, c_time, dropout)
-        self.middle = nn.ModuleList([first, second])
+        first = ResBlock(c, c, c_time, dropout, attention=True)
+        self.middle = nn.ModuleList([first, ResBlock(c, c, c_time, dropout)])
         for floor, mult in reversed(list(enumerate(mults))):
-            here = (size >> floor) in attention
+            attend = size // 2**floor in attention
             for _ in range(blocks + 1):
-                self.up.append(ResBlock(c + c_skips.pop(), channels * mult, c_time, dropout, here))
+                self.up.append(
+                    ResBlock(c + c_skips.pop(), channels * mult, c_time, dropout, attend)
+                )
                 c = channels * mult
             if floor > 0:
                 self.up.append(init(Upsample(c, c, 3, padding=1)))
@@ -424,7 +429,7 @@ class UNet(nn.Module):
 #
 # All of part 1 together:
 #
-#     diffusion = Diffusion(linear_schedule()).to("cpu")
+#     diffusion = Diffusion(linear_schedule()).to("cpu")  # and to float32
 #     model = UNet(64, 32, (1, 2, 4, 4), 1, (16,))
 #     ema, optimizer = EMA(model, 0.9999), torch.optim.Adam(model.parameters(), 2e-4)
 #     for n in range(800_000):
@@ -445,7 +450,7 @@ class EMA:
 
     def update(self, model, n):
         """average ← d·average + (1−d)·weights, with d = min(decay, (1+n)/(20+n)); n = 0, 1, ..."""
-        share = torch.tensor(1 - min(self.decay, (1 + n) / (20 + n)))
+        share = torch.tensor(1 - min(self.decay, (1 + n) / (20 + n)))  # no number: see part 4
         share = share.to(next(model.parameters()).device)
         for mean, new in zip(self.model.parameters(), model.parameters()):
             mean.lerp_(new.detach(), share)
@@ -453,9 +458,10 @@ class EMA:
 
 # ==== PART 2: SINCE THE PAPER ===================================================================
 
-# "Error" is the squared error of x̂₀ on drawn cats that were not learned, after 500 training steps
-# with the departure or without it (one seed; the pictures' variance is 0.217). We compare at equal
-# σ, as the same t means different noise in each schedule.
+# Five departures; each ends with a measurement and the way back. What is measured, but for the
+# sampler, is the squared error of x̂₀ on drawn cats that were not learned, after 500 training steps
+# with the departure or without it (one seed; 0.217 is the error of one even grey). We compare at
+# equal σ, as the same t means different noise in each schedule.
 
 # ---- A gentler schedule ------------------------------------------------------------------------
 # The paper's schedule leaves ᾱ = 0.003 at t = 750. In a small picture only the overall brightness
@@ -482,11 +488,11 @@ SCHEDULES = {"cosine": cosine_schedule, "linear": linear_schedule}
 #
 #     v = √ᾱ_t·ε − √(1−ᾱ_t)·x₀        and back:  x₀ = √ᾱ_t·x_t − √(1−ᾱ_t)·v
 #
+# With little noise v is nearly ε, with much it is nearly −x₀: always what the input does not show.
 # Recovering x₀ from v needs no division. Why the name? The squares of √ᾱ_t and √(1−ᾱ_t) sum to 1,
 # so they are the cosine and the sine of an angle. As this angle grows with t, x_t moves on a
-# quarter of a circle from x₀ to ε, and v is its velocity. (Moving on a straight line is called flow
-# matching: Lipman et al. 2023, arXiv:2210.02747.) Error at σ = 10, where the sampler begins to
-# choose a cat: 0.13, with ε 0.30. Back to the paper: `train --prediction eps`.
+# quarter of a circle from x₀ to ε, and v is its velocity. Error at σ = 10, where the sampler begins
+# to choose a cat: 0.13, with ε 0.30. Back to the paper: `train --prediction eps`.
 
 
 class VDiffusion(Diffusion):
@@ -512,7 +518,7 @@ PREDICTIONS = {"v": VDiffusion, "eps": Diffusion}
 
 
 def uniform_levels(u, timesteps=TIMESTEPS):
-    """Random numbers u in [0, 1] -> noise levels t, both (B,). All t are equally likely."""
+    """Random u in [0, 1] (made by get_batch) -> levels t, both (B,). All t are equally likely."""
     return (u * timesteps).long().clamp(max=timesteps - 1)
 
 
@@ -530,10 +536,10 @@ LEVELS = {"middle": middle_levels, "uniform": uniform_levels}
 
 # ---- Fewer steps -------------------------------------------------------------------------------
 # A thousand network calls make one picture. 25 are enough, if three things are chosen better.
-# First, the levels to stop at. Most programs take every 40th t. Ours are evenly spaced in log σ,
-# so that each step divides σ by the same factor: from 200, where not even the average brightness
-# is visible (T-1 takes its place, σ is larger there), to 0.01 (compare Karras et al. 2022,
-# arXiv:2206.00364).
+# First, the levels to stop at. Most programs take every 40th t. We start at T-1, where all is
+# noise. The other levels lie on a grid that is even in log σ, from 200, where not even the
+# average brightness is visible, to 0.01: each step divides σ by the same factor (compare Karras
+# et al. 2022, arXiv:2206.00364).
 #
 # The other two are switches, and each sampler is one setting of both:
 #
@@ -550,7 +556,7 @@ LEVELS = {"middle": middle_levels, "uniform": uniform_levels}
 # We extend the line through the last two estimates to the middle of the step.
 #
 # Same weights, 25 calls, counted by eye without knowing which is which: with `dpm` 46 of 192
-# pictures had a fault that a child would point at, with `dpm-sde` 25.
+# pictures had a fault that a child would point at, with `dpm-sde` 25, and no fewer in 50 calls.
 # Back to the paper: `sample --sampler ddpm`.
 
 
@@ -587,7 +593,7 @@ SAMPLERS = {
 
 
 def noise_levels(diffusion, calls):
-    """The levels of `calls` network calls, T-1 first: evenly spaced in log σ, all different."""
+    """The levels of `calls` network calls: T-1, then evenly spaced in log σ, all different."""
     log_sigma = diffusion.sigma.log().cpu()
     levels = [diffusion.timesteps - 1]
     wanted = torch.linspace(math.log(200), math.log(0.01), calls)
@@ -618,23 +624,24 @@ def sample_at(levels, model, diffusion, sampler, x_t, fresh_noise, *cond):
 
 # ---- An optimizer for matrices -----------------------------------------------------------------
 # Adam gives each weight a step of its own size. But a layer is a matrix, and so is its gradient.
-# Some combinations of inputs and outputs have large gradients (the large singular values), and
-# Adam mostly learns those. Many others have small ones, and wait. Muon (Jordan et al. 2024,
-# kellerjordan.github.io/posts/muon) makes all singular values about 1, so that all combinations
-# are learned at the same speed. The last layer, biases and norms stay with Adam, as its author
-# advises. Error at σ = 1: 0.0112, with Adam 0.0295. Back to the paper: `train --optimizer adam`
-# (it takes the paper's learning rate, too).
+# Any matrix is a rotation, then a stretch along each axis, then another rotation; the stretches
+# are its singular values. In a gradient a few are large and most are small, so Adam learns mostly
+# in a few directions. Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) keeps the
+# rotations and makes every stretch about 1: all directions are learned at the same speed. The
+# last layer, biases and norms stay with Adam, as its author advises. Error at σ = 1: 0.0112, with
+# Adam 0.0295. Back to the paper: `train --optimizer adam` (it takes the paper's learning rate,
+# too).
 
 
 class Muon(torch.optim.Adam):
     """Adam, except for matrices: those take steps that are equally long in all directions.
 
     Matrices: weights of linear layers and of convolutions (a row for each output channel), but for
-    model.conv_out, the last layer. Adam moves them, too; we undo that, but use its means.
+    model.conv_out, the last layer. Of Adam they need only the running mean of each gradient.
     """
 
     def __init__(self, model, **how):
-        super().__init__(model.parameters(), betas=(0.95, 0.999), **how)  # decays of Adam's means
+        super().__init__(model.parameters(), betas=(0.95, 0.999), **how)
         layers = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
         layers.remove(model.conv_out)
         self.matrices = [m.weight for m in layers if m.weight.requires_grad]
@@ -642,7 +649,7 @@ class Muon(torch.optim.Adam):
     @torch.no_grad()
     def step(self):
         before = [p.clone() for p in self.matrices]
-        super().step()
+        super().step()  # moves the matrices, too: we put them back, and take our own step
         for p, old in zip(self.matrices, before):
             gradient = p.grad.lerp(self.state[p]["exp_avg"], 0.95)  # mostly the mean of the last 20
             direction = orthogonal(gradient.flatten(1))
@@ -665,10 +672,12 @@ def orthogonal(m):
     return m
 
 
-OPTIMIZERS = {  # with the usual learning rates
-    "muon": (Muon, 2e-3),
-    "adam": (lambda model, **how: torch.optim.Adam(model.parameters(), **how), 2e-4),
-}
+def adam(model, **how):
+    """The paper's."""
+    return torch.optim.Adam(model.parameters(), **how)
+
+
+OPTIMIZERS = {"muon": (Muon, 2e-3), "adam": (adam, 2e-4)}  # with the usual learning rates
 
 
 # ==== PART 3: THE PROGRAM =======================================================================
@@ -878,9 +887,9 @@ def train(args, pictures=None):
     age = 1000 if args.init else 0  # of the average: weights that are good are not to be forgotten
     model = over_processes(state.model, args.accum)
     next_preview = state.since + 60 * min(1, args.every)  # the first after a minute
+    choose_t = LEVELS[args.levels]
     with stop_requests() as asked:  # a training step is always finished
         while state.step < args.steps and not asked():
-            choose_t = LEVELS[args.levels]
             batch = get_batch(pictures, state.step, args.batch, args.seed, choose_t, device)
             rate = learning_rate(state.step, args.steps, args.lr)
             state.optimizer.param_groups[0]["lr"] = torch.tensor(rate).to(device)
@@ -912,7 +921,7 @@ def train(args, pictures=None):
 
 
 def learning_rate(step, steps, peak):
-    """Up in the first 200 steps, while Adam's averages are young; down to 0 in the last fifth."""
+    """Up in 200 steps, while Adam's means are young; down to almost 0 in the last fifth."""
     # NOTE the paper keeps its rate after a warm-up. Falling lets the network settle. Never exactly
     # 0: that is how a skipped step is marked.
     warm_up = min(200, 0.4 * steps)  # a short run warms up in less
@@ -971,17 +980,17 @@ class State:
         count = len(self.losses)
         skipped = sum(map(math.isnan, self.losses))
         require(skipped < max(count, 50), f"{count} steps in a row not finite: take a smaller --lr")
-        loss = torch.tensor(self.losses).nanmean().item()
+        mean_loss = torch.tensor(self.losses).nanmean().item()
         speed = count / (now - self.since)
         left = (args.steps - self.step) / speed / 60
         recorded = skipped < count and (due or now >= self.next_record)
-        text = f"step {self.step} of {args.steps}, loss {loss:.4f}"
+        text = f"step {self.step} of {args.steps}, loss {mean_loss:.4f}"
         text += f", {speed * args.batch:.0f} pictures/s, {left:.0f} min left"
         show(text, passing=sys.stdout.isatty() or not recorded)
         if recorded:
             self.seconds += now - self.since
             record = {"step": self.step, "minutes": self.seconds / 60}
-            self.log.append(record | {"loss": loss, "skipped": skipped})
+            self.log.append(record | {"loss": mean_loss, "skipped": skipped})
             self.losses = []
             self.since = now
             self.next_record = now + 30
@@ -1195,7 +1204,7 @@ def within(least, most=math.inf):
     return number
 
 
-def folder(text):
+def a_folder(text):
     """A type for argparse: a folder that exists."""
     path = Path(text).expanduser()
     require(text and path.is_dir(), f"no folder {quoted(path)}; name the one with the pictures")
@@ -1211,7 +1220,7 @@ def parser(**defaults):
     command = commands.add_parser("train", help="learn from pictures", **how)
     add = command.add_argument
     # the run
-    add("--data", type=folder, nargs="+", action="extend", help="pictures; None: cats that we draw")
+    add("--data", type=a_folder, nargs="+", action="extend", help="pictures; None: drawn cats")
     add("--run", help="folder for checkpoint and previews; None: run, or run-drawn without --data")
     add("--init", help="checkpoint to start from; None: from random weights")
     add("--steps", type=within(1), help="of training; None: 50000, drawn cats 2000")
@@ -1248,7 +1257,7 @@ def parser(**defaults):
     add("--sampler", choices=SAMPLERS, default="dpm-sde", help="see part 2")
     add("--steps", type=within(1, TIMESTEPS), help="network calls; None: 25, ddim 50, ddpm 1000")
     add("--best-of", type=within(1), default=1, help="make more, keep what a classifier likes")
-    add("--nearest", type=folder, help="training pictures: show the nearest beside each sample")
+    add("--nearest", type=a_folder, help="training pictures: show the nearest beside each sample")
     return top
 
 
@@ -1282,7 +1291,8 @@ def settings(*words, **given):
             saved = {k: value for k, value in checkpoint["settings"].items() if k in names}
     args = argparse.Namespace(**defaults | saved | typed)
     changed = {name: was for name, was in saved.items() if vars(args)[name] != was}
-    wrong = [word for name in LEARNED if name in changed for word in as_words(name, changed[name])]
+    learned = {name: was for name, was in changed.items() if name in LEARNED}
+    wrong = [word for name, was in learned.items() for word in as_words(name, was)]
     message = f"{path} has learned with {' '.join(wrong)}: leave that, or choose another --run"
     require(not wrong, message)
     for name, was in changed.items():
@@ -1290,6 +1300,12 @@ def settings(*words, **given):
     if "optimizer" in changed:
         args.lr = typed.get("lr")  # the rate goes with the optimizer
     del args.command
+    complete(args)
+    return args
+
+
+def complete(args):
+    """Choose what is still None, and check what depends on each other. Raises Failure."""
     args.size = args.size or (64 if args.data else 32)
     args.steps = args.steps or (50_000 if args.data else 2_000)  # many hours; some minutes
     args.lr = args.lr or OPTIMIZERS[args.optimizer][1]
@@ -1307,7 +1323,6 @@ def settings(*words, **given):
     require(args.channels % 4 == 0, f"--channels {args.channels}: must be a multiple of 4")
     parts = args.accum * WORLD_SIZE
     require(args.batch % parts == 0, f"--batch {args.batch}: must be a multiple of {parts}")
-    return args
 
 
 def main(argv=None):
@@ -1619,11 +1634,13 @@ def read_folder(folder):
     config = json.loads((folder / "config.json").read_text())
     for path in folder.glob("scheduler_config.json"):
         config = json.loads(path.read_text()) | config
+    config = THEIR_DEFAULTS | config
     kinds, widths = config["down_block_types"], config["block_out_channels"]
     size, blocks = config["sample_size"], config["layers_per_block"]
     known = THEIR_DEFAULTS | THEIR_CONFIG
-    foreign = [name for name in known if config.get(name, THEIR_DEFAULTS.get(name)) != known[name]]
+    foreign = [name for name, value in known.items() if config.get(name) != value]
     foreign += set(kinds) - {"DownBlock2D", "AttnDownBlock2D"}  # blocks that we do not have
+    # (With fewer channels our `norm` has fewer groups than theirs.)
     require(not foreign and min(widths) > 127, f"{folder}: not the paper's network, {foreign}")
     described = {"size": size, "blocks": blocks, "schedule": "linear", "prediction": "eps"}
     described["channels"] = widths[0]
