@@ -560,13 +560,13 @@ LEVELS = {"middle": middle_levels, "uniform": uniform_levels}
 # Back to the paper: `sample --sampler ddpm`.
 
 
-def ddpm_step(diffusion, x0_hat, x_t, t, t_next, fresh_noise):
+def ddpm_step(diffusion, x0_hat, x_t, t, t_next, fresh_noise, denoise):
     """The paper's step, over any distance: take x0_hat for the truth, pick from Eq. 6 at random."""
     mean, variance = diffusion.q_posterior(x0_hat, x_t, t, t_next)
     return mean + variance.sqrt() * fresh_noise()
 
 
-def ddim_step(diffusion, x0_hat, x_t, t, t_next, fresh_noise):
+def ddim_step(diffusion, x0_hat, x_t, t, t_next, fresh_noise, denoise):
     """x_t is x0_hat and some ε, mixed by Eq. 4. Mix them anew (Song et al. 2021, DDIM, Eq. 12)."""
     # ε is worked out anew, as x0_hat was clipped or extrapolated: the two must add up to x_t.
     eps = (x_t - at(diffusion.signal_rate, t) * x0_hat) / at(diffusion.noise_rate, t)
@@ -582,7 +582,8 @@ def look_ahead(diffusion, x0_hat, x0_hat_prev, t_prev, t, t_next):
     return x0_hat + slope * width / 2
 
 
-# The two switches, and how many network calls are usual.
+# The two switches, and how many network calls are usual. Each step is given `denoise`, too, which
+# calls the network: for samplers that look twice, such as Heun's.
 Sampler = namedtuple("Sampler", "step extrapolate calls")
 SAMPLERS = {
     "dpm-sde": Sampler(ddpm_step, True, 25),
@@ -607,10 +608,14 @@ def noise_levels(diffusion, calls):
 @torch.no_grad()
 def sample_at(levels, model, diffusion, sampler, x_t, fresh_noise, *cond):
     """As `ddpm_sample`, but at these levels, with the steps of that Sampler."""
+
+    def denoise(x_t, t):
+        return diffusion.denoise(model, x_t, t, *cond)
+
     x0_hat_prev, t_prev = None, None
     for level, level_next in zip(levels, [*levels[1:], None]):
         t = torch.full((len(x_t),), level).to(x_t.device)
-        x0_hat = diffusion.denoise(model, x_t, t, *cond)
+        x0_hat = denoise(x_t, t)
         yield level, x_t, x0_hat
         if level_next is None:
             break  # the last x0_hat is the result
@@ -618,7 +623,7 @@ def sample_at(levels, model, diffusion, sampler, x_t, fresh_noise, *cond):
         ahead = x0_hat
         if sampler.extrapolate and x0_hat_prev is not None:
             ahead = look_ahead(diffusion, x0_hat, x0_hat_prev, t_prev, t, t_next)
-        x_t = sampler.step(diffusion, ahead, x_t, t, t_next, fresh_noise)
+        x_t = sampler.step(diffusion, ahead, x_t, t, t_next, fresh_noise, denoise)
         x0_hat_prev, t_prev = x0_hat, t
 
 

@@ -273,6 +273,7 @@ KINDS += [("g.jpg", "L", 99, GREY), ("c.jpg", "CMYK", (0, 255, 255, 0), RED)]
 KINDS += [("i.png", "I;16", 99 * 257, GREY), ("i.tif", "I;16", 99 * 257, GREY)]
 KINDS += [("t.png", "RGBA", (0, 0, 0, 0), WHITE), ("u.png", "LA", (0, 0), WHITE)]
 ONES = ("wrong.jpg", RED), ("p.png", BLUE), ("p.jpg", BLUE), ("broken.png", RED), ("clear.bmp", RED)
+ONES += (("glass.png", WHITE),)
 
 
 def read(path):
@@ -292,6 +293,7 @@ def test_pictures_of_every_kind_are_read_with_their_grain():
     swapped = profile.replace(b"rXYZ", b"?XYZ").replace(b"bXYZ", b"rXYZ").replace(b"?XYZ", b"bXYZ")
     for name, icc in (("p.png", swapped), ("p.jpg", swapped), ("broken.png", b"no profile")):
         Image.new("RGB", (40, 30), RED).save(name, icc_profile=icc)
+    Image.new("RGBA", (40, 30), (0, 0, 0, 0)).save("glass.png", icc_profile=swapped)
     masks = [255 << shift for shift in (16, 8, 0, 24)]
     head = struct.pack("<IiiHHI20x4I52x", 108, 40, 30, 1, 32, 3, *masks)  # of a BMP with opacity,
     pixels = bytes([0, 0, 250, 0]) * 1200  # which is 0 everywhere
@@ -347,6 +349,9 @@ def test_every_real_file_is_found_once_however_it_is_reached(capsys):
     for folders, count in (("other", 1), ("link/../other", 1), ("cats", 3), ("cats link", 3)):
         assert len(cd.find_pictures(folders.split())) == count, folders
     assert "1 .heic files" in capsys.readouterr().out
+    for odd in ("", "cats/1.jpg", "nowhere"):
+        with pytest.raises(cd.Failure):
+            cd.a_folder(odd)
 
 
 def test_bad_pictures_are_skipped_and_the_rest_is_decoded_once(capsys, monkeypatch):
@@ -398,6 +403,7 @@ def test_a_run_can_start_from_other_weights_and_keeps_their_network(capsys):
     assert run(*words, "--steps", 2) == 0
     old, new = load("old/checkpoint.pt"), load("new/checkpoint.pt")
     assert new["step"] == 2 and new["settings"]["schedule"] == "linear"
+    assert new["settings"]["batch"] == 16  # it takes the network alone
     for name in ("model", "ema"):
         torch.testing.assert_close(new[name], old["ema"], rtol=0, atol=1e-4)
     assert run(*words, "--steps", 3) == 0 and load("new/checkpoint.pt")["step"] == 3  # it goes on
@@ -444,6 +450,7 @@ def test_damage_a_full_disk_and_losses_that_are_not_finite_harm_no_checkpoint(mo
     assert run("train", "--run", "r", "--steps", 3000) == 2
     assert Path("r/checkpoint.pt").read_bytes() == good
     told = capsys.readouterr().err
+    assert not list(Path("r").glob("*.part"))
     assert "No space left" in told and "smaller --lr" in told
     Path("new").mkdir()
     Path("new/previews").touch()  # where the folder should be
