@@ -701,9 +701,8 @@ Image.MAX_IMAGE_PIXELS = 300_000_000  # more than any phone takes; twice as many
 def load_pictures(folders, size, run):
     """Every picture below `folders`, or drawn cats without any: uint8 (N, 3, size, size)."""
     if not folders:
-        return torch.stack(
-            [TF.pil_to_tensor(draw_cat(random.Random(i), size)) for i in range(2000)]
-        )
+        cats = (draw_cat(random.Random(i), size) for i in range(2000))
+        return torch.stack([TF.pil_to_tensor(cat) for cat in cats])
     paths = find_pictures(folders)
     files = [Path(f"{path}{end}") for path in paths for end in ("", ".cat")]
     stats = [(f"{f}", f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.exists()]
@@ -880,13 +879,6 @@ def train(args, pictures=None):
         pictures = load_pictures(args.data, args.size, args.run)
     set_seed(device, args.seed)  # the same network each time
     state = State(args, device)
-    checkpoint = Path(args.run, "checkpoint.pt")
-    if checkpoint.exists():
-        state.load(checkpoint)
-    elif args.init:
-        with open_checkpoint(args.init) as saved:
-            state.model.load_state_dict(saved["ema"])
-            state.ema.model.load_state_dict(saved["ema"])
     few = " (few: the network may repeat them)" if len(pictures) < 1000 else ""
     show(f"{len(pictures)} pictures of {args.size} px{few}; on {device}; previews go to {args.run}")
     age = 1000 if args.init else 0  # of the average: weights that are good are not to be forgotten
@@ -907,21 +899,21 @@ def train(args, pictures=None):
             if due:
                 if RANK == 0:
                     try:
-                        state.save(checkpoint, args)
+                        state.save(args)
                     except OSError as e:  # a full disk, say; it may have room by the next time
                         show(f"step {state.step}: {e}")
                     preview(state, args, pictures)
                 state.since = time.perf_counter()  # previews do not count
                 next_preview = state.since + 60 * args.every
         if RANK == 0:
-            state.save(checkpoint, args)
+            state.save(args)
         asked()  # nobody leaves before it is saved
     if WORLD_SIZE > 1:
         del model  # the wrapper first: as the last to hold the group, it would wait for ever
         torch.distributed.destroy_process_group()  # else its threads may abort as we leave
     rest = "; the same command resumes" if state.step < args.steps else ""
     show(f"saved at step {state.step} of {args.steps}{rest}. Now sample:")
-    show(f"python catdiffusion.py sample -n 8 --checkpoint {quoted(checkpoint)}")
+    show(f"python catdiffusion.py sample -n 8 --checkpoint {quoted(state.path)}")
     return state
 
 
@@ -934,10 +926,18 @@ def learning_rate(step, steps, peak):
 
 
 class State:
-    """All that changes in a run; and the status line, by the clock of this process alone."""
+    """All that changes in a run, as its folder has it; and the status line.
+
+    The line goes by the clock and the losses of this process: others need not be asked.
+    """
 
     def __init__(self, args, device):
+        self.path = Path(args.run, "checkpoint.pt")
+        resumed = self.path.exists()
         self.model, self.diffusion = build(args, device)
+        if args.init and not resumed:
+            with open_checkpoint(args.init) as saved:
+                self.model.load_state_dict(saved["ema"])
         self.ema = EMA(self.model, args.ema)
         self.optimizer = build_optimizer(args.optimizer, self.model, device)
         self.parts = {"model": self.model, "ema": self.ema.model, "optimizer": self.optimizer}
@@ -948,23 +948,25 @@ class State:
         self.written = 0  # when the checkpoint was, as we know it
         self.since = self.next_line = time.perf_counter()
         self.next_record = self.since + 10
+        if resumed:
+            self.load()
 
-    def save(self, path, args):
+    def save(self, args):
         """Write it to one file, with the settings; all or nothing. Raises Failure, OSError."""
         data = {"settings": vars(args), "step": self.step, "seconds": self.seconds, "log": self.log}
         data |= {name: part.state_dict() for name, part in self.parts.items()}
         buffer = io.BytesIO()  # torch, writing to a full disk itself, may end the whole process
         torch.save(data, buffer)
-        ours = self.written == time_of(path)  # else another training has been here
-        path = path if ours else path.with_name(f"checkpoint-{os.getpid()}.pt")
+        ours = self.written == time_of(self.path)  # else another training has been here
+        path = self.path if ours else self.path.with_name(f"checkpoint-{os.getpid()}.pt")
         write_whole(path, [buffer.getbuffer()])
-        require(ours, f"another training writes to {path.parent}; this one is saved in {path}")
+        require(ours, f"another training writes to {args.run}; this one is saved in {path}")
         self.written = time_of(path)
 
-    def load(self, path):
+    def load(self):
         """Read it back. Raises Failure if the file is damaged."""
-        self.written = time_of(path)
-        with open_checkpoint(path) as saved:
+        self.written = time_of(self.path)
+        with open_checkpoint(self.path) as saved:
             # Adam's averages are those of the run; whether it is fused depends on this device.
             saved["optimizer"]["param_groups"] = self.optimizer.state_dict()["param_groups"]
             for name, part in self.parts.items():
@@ -1225,7 +1227,7 @@ def parser(**defaults):
     command = commands.add_parser("train", help="learn from pictures", **how)
     add = command.add_argument
     # the run
-    add("--data", type=a_folder, nargs="+", action="extend", help="pictures; None: drawn cats")
+    add("--data", type=a_folder, nargs="+", action="extend", help="folders; None: drawn cats")
     add("--run", help="folder for checkpoint and previews; None: run, or run-drawn without --data")
     add("--init", help="checkpoint to start from; None: from random weights")
     add("--steps", type=within(1), help="of training; None: 50000, drawn cats 2000")
