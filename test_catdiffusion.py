@@ -536,7 +536,8 @@ def test_what_comes_with_the_program():
     assert names == {"torch", "torchvision", "PIL", "torch_xla"}
     state = load(HERE / "samples" / "catdiffusion.pt")
     assert "AFHQ" in state["about"] and "CC BY-NC 4.0" in state["about"]
-    os.mkdir("cats")
+    for folder in ("cats", "mycat"):
+        os.mkdir(folder)
     commands = re.findall(r"python catdiffusion\.py ([^`#&;\n]+)", readme)
     assert len(commands) > 4
     for words in commands:
@@ -547,7 +548,10 @@ def test_what_comes_with_the_program():
     leftover = {"WORLD_SIZE": "4", "RANK": "2"}  # without a torchrun that says so
     code += "; import catdiffusion; assert (catdiffusion.WORLD_SIZE, catdiffusion.RANK) == (1, 0)"
     subprocess.run([sys.executable, "-B", "-c", code], env=ENVIRONMENT | leftover, check=True)
-    assert sorted(os.listdir()) == ["cat.png", "cats"] and Image.open("cat.png").size == (64, 64)
+    assert sorted(os.listdir()) == ["cat.png", "cats", "mycat"] and Image.open("cat.png").size == (
+        64,
+        64,
+    )
 
 
 ODD = """train --size 60|train --size x|train --batch 0|train --lr nan|train --dropout 1
