@@ -545,19 +545,22 @@ LEVELS = {"middle": middle_levels, "uniform": uniform_levels}
 #
 #                           the latest estimate    extrapolated from the last two
 #     no fresh noise        ddim                   dpm      (DPM-Solver++ 2M)
-#     fresh noise           ddpm (any length)      dpm-sde  (SDE-DPM-Solver++ 2M), our default
+#     fresh noise           ddpm (any length)      dpm-sde  (SDE-DPM-Solver++ 2M)
+#     for σ from 5 to 0.5                          dpm-mix, our default
 #
 # *Fresh noise or none.* Without it (DDIM, arXiv:2010.02502), nothing random happens after the
 # start. Each picture follows one smooth path from noise to cat, and a smooth path can be walked in
-# large steps. With it, later steps can correct the mistakes of earlier ones.
+# large steps. With it, later steps can correct the mistakes of earlier ones, but it costs contrast.
+# So our default adds noise only where the face is decided (compare Karras et al., section 4).
 #
 # *The latest estimate or an extrapolated one.* x̂₀ changes during a step. A step that uses only
 # its value at the start lags behind. Plotted against log σ, x̂₀ moves on nearly a straight line.
 # We extend the line through the last two estimates to the middle of the step.
 #
-# Same weights, 25 calls, counted by eye without knowing which is which: with `dpm` 46 of 192
-# pictures had a fault that a child would point at, with `dpm-sde` 25, and no fewer in 50 calls.
-# Back to the paper: `sample --sampler ddpm`.
+# Same weights, 25 calls, 96 pictures each, counted by eye twice without knowing which is which. With
+# a fault that a child would point at: `dpm` 15 and 12, `dpm-sde` 20 and 8, `dpm-mix` 17 and 11.
+# Believable without reserve: 23 and 24, 39 and 37, 38 and 34. Contrast of 160, the data's being 1:
+# 1.00, 0.91, 0.97. Back to the paper: `sample --sampler ddpm`.
 
 
 def ddpm_step(diffusion, x0_hat, x_t, t, t_next, fresh_noise, denoise):
@@ -573,6 +576,14 @@ def ddim_step(diffusion, x0_hat, x_t, t, t_next, fresh_noise, denoise):
     return diffusion.q_sample(x0_hat, t_next, eps)
 
 
+def mixed_step(diffusion, x0_hat, x_t, t, t_next, fresh_noise, denoise):
+    """Fresh noise where the face is decided, for σ from 5 to 0.5; none elsewhere."""
+    how = diffusion, x0_hat, x_t, t, t_next, fresh_noise, denoise
+    sigma = at(diffusion.sigma, t)
+    deciding = (sigma < 5) & (sigma > 0.5)
+    return torch.where(deciding, ddpm_step(*how), ddim_step(*how))
+
+
 def look_ahead(diffusion, x0_hat, x0_hat_prev, t_prev, t, t_next):
     """Extrapolate x0_hat to the middle of the coming step (Lu et al. 2022, arXiv:2211.01095)."""
     log_sigma = diffusion.sigma.log()
@@ -586,6 +597,7 @@ def look_ahead(diffusion, x0_hat, x0_hat_prev, t_prev, t, t_next):
 # calls the network: for samplers that look twice, such as Heun's.
 Sampler = namedtuple("Sampler", "step extrapolate calls")
 SAMPLERS = {
+    "dpm-mix": Sampler(mixed_step, True, 25),
     "dpm-sde": Sampler(ddpm_step, True, 25),
     "dpm": Sampler(ddim_step, True, 25),
     "ddim": Sampler(ddim_step, False, 50),
@@ -1062,7 +1074,7 @@ def loss_curve(log):
 
 @torch.no_grad()
 def sample(
-    model, diffusion, n=8, sampler="dpm-sde", steps=None, seed=0, first=0, start=None, cond=()
+    model, diffusion, n=8, sampler="dpm-mix", steps=None, seed=0, first=0, start=None, cond=()
 ):
     """Make pictures first .. first+n-1 of `seed`; yields (t, x_t, x0_hat) once per network call.
 
@@ -1261,7 +1273,7 @@ def parser(**defaults):
     add("--gif", action="store_true", help="animate the denoising of the first batch")
     add("--device", default="auto", help="tpu, cuda, mps, xpu or cpu; auto takes the best there is")
     add("--batch", type=within(1), default=16, help="pictures at once")
-    add("--sampler", choices=SAMPLERS, default="dpm-sde", help="see part 2")
+    add("--sampler", choices=SAMPLERS, default="dpm-mix", help="see part 2")
     add("--steps", type=within(1, TIMESTEPS), help="network calls; None: 25, ddim 50, ddpm 1000")
     add("--best-of", type=within(1), default=1, help="make more, keep what a classifier likes")
     add("--nearest", type=a_folder, help="training pictures: show the nearest beside each sample")

@@ -96,7 +96,7 @@ def test_ddim_is_of_first_order_and_extrapolating_of_second():
     assert error("dpm", 40) < 0.3 * error("dpm", 20)  # twice the calls, a quarter of the error
 
 
-@pytest.mark.parametrize("sampler, calls", [("dpm-sde", 15), ("ddim", 2), ("ddpm", 6)])
+@pytest.mark.parametrize("sampler, calls", [("dpm-mix", 15), ("ddim", 2), ("ddpm", 6)])
 def test_samplers_make_the_calls_asked_for_and_picture_i_is_always_the_same(sampler, calls):
     def made(n, seed, first=0):
         seen = list(cd.sample(model, V, n, sampler, calls, seed, first))
