@@ -557,8 +557,8 @@ LEVELS = {"middle": middle_levels, "uniform": uniform_levels}
 # its value at the start lags behind. Plotted against log σ, x̂₀ moves on nearly a straight line.
 # We extend the line through the last two estimates to the middle of the step.
 #
-# Same weights, 25 calls, 96 pictures each, counted by eye twice without knowing which is which. With
-# a fault that a child would point at: `dpm` 15 and 12, `dpm-sde` 20 and 8, `dpm-mix` 17 and 11.
+# Same weights, 25 calls, 96 pictures each, counted by eye twice, not knowing which is which. With a
+# fault that a child would point at: `dpm` 15 and 12, `dpm-sde` 20 and 8, `dpm-mix` 17 and 11.
 # Believable without reserve: 23 and 24, 39 and 37, 38 and 34. Contrast of 160, the data's being 1:
 # 1.00, 0.91, 0.97. Back to the paper: `sample --sampler ddpm`.
 

@@ -601,7 +601,7 @@ def test_a_folder_in_the_layout_of_diffusers_is_read(capsys):
 # ---- Devices: PJRT_DEVICE=CPU walks the whole TPU path, and torchrun's processes meet on this host
 
 TPU = """import sys, catdiffusion as cd, torch_xla.debug.metrics as met
-words = "train --device tpu --size 16 --channels 8 --mults 1 2 --attention 8 --batch 4 --steps 8"
+words = "train --device tpu --size 16 --channels 8 --mults 1 2 --attention --batch 4 --steps 5"
 seen, end_of_step, over_cores = [], cd.end_of_step, cd.over_cores
 def watch(device):
     end_of_step(device)
