@@ -21,7 +21,7 @@ The file has four parts. Parts 1 and 2 are the lesson; you may stop reading wher
 
 Notation, the paper's but for sigma. The paper counts t from 1 to T, the code from 0 to T-1.
 
-    x0           x₀          a clean picture, (B, 3, H, W), values in [-1, 1]
+    x0           x₀          a clean picture, (B, 3, H, W), values in [-1, 1]; not the x_t of t = 0
     x0_hat       x̂₀          an estimate of it
     eps          ε           Gaussian noise, mean 0, variance 1, shaped like x0
     t            t           the noise level, (B,), integers: 0 is almost clean, T-1 = 999 is noise
@@ -30,7 +30,7 @@ Notation, the paper's but for sigma. The paper counts t from 1 to T, the code fr
     abar         ᾱ_t         alphas_cumprod, the product of all (1 − β) up to t
     signal_rate  √ᾱ_t        how much of x0 is in x_t
     noise_rate   √(1−ᾱ_t)    how much of eps is in x_t
-    sigma        σ_t         noise_rate / signal_rate (the paper uses σ for something else)
+    sigma        σ_t         noise_rate / signal_rate
 """
 
 import argparse
@@ -119,7 +119,7 @@ class Noise:
 
     def to(self, device):
         """All tables as float32 on `device`. Returns self."""
-        for name, value in list(vars(self).items()):  # as the buffers of an nn.Module
+        for name, value in list(vars(self).items()):
             if torch.is_tensor(value):
                 setattr(self, name, value.float().to(device))
         return self
@@ -155,8 +155,8 @@ class Noise:
 #
 # Why is the noise the target, when we want the picture? By Eq. 4, either one gives the other. If
 # the picture is wrong by d, then the noise is wrong by d·√ᾱ_t/√(1−ᾱ_t). So the squared error of the
-# noise is that of the picture times ᾱ_t/(1−ᾱ_t), which is 9999 at t = 0 and 0.085 at t = 500. This
-# loss cares much about low noise. The paper found that it gives the best pictures.
+# noise is that of the picture times ᾱ_t/(1−ᾱ_t), which is 9999 at t = 0 and 0.084 at t = 500. Next
+# to a loss on x₀, this one stresses low noise. It gave the paper its best pictures.
 #
 # The loss falls quickly at first, and then it looks flat for hours while the pictures get better.
 # For even a perfect network has a loss, as one x_t can come from several pictures. The smallest
@@ -195,7 +195,7 @@ def train_step(model, diffusion, optimizer, batch, accum=1):
     """One training step, a round of Algorithm 1. Returns the loss; it stays on the device.
 
     batch: x0 (B, 3, H, W), t (B,), eps like x0, and what else `model` takes. accum: cut the batch
-    into that many parts, and run one after the other, to save memory. The gradient is the same.
+    into that many equal parts, run one after the other, to save memory. The gradient is the same.
     """
     total = 0.0
     chunks = [tensor.chunk(accum) for tensor in batch]  # of x0, of t, of eps
@@ -216,13 +216,12 @@ def train_step(model, diffusion, optimizer, batch, accum=1):
 # there. We go to the next lower noise level and look again: what noise is left favours some cats
 # over others, and the estimate grows sharper.
 #
-# The step treats x̂₀ as the truth and picks a random picture from the Gaussian of Eq. 6 and 7.
-# x̂₀ is only a mean, but the formula is linear in x₀, so the mean of the step is right. That the
-# step is a Gaussian is right only for small steps: hence a thousand. The mean has less noise than
-# a picture at the next level should have, and fresh noise fills it up. Without it, pictures come
-# out smooth.
+# The step treats x̂₀ as the truth and picks at random from the Gaussian of Eq. 6 and 7. x̂₀ is only
+# an average, but the Gaussian's centre is linear in x₀, so it is right; the shape is right only for
+# small steps: hence a thousand. The centre alone has too little noise for the next level: fresh
+# noise fills it up, or pictures come out smooth.
 #
-# The paper writes the same step with the predicted ε. Put Eq. 15 into Eq. 6, and you get the
+# The paper writes the same step with the predicted ε. Put Eq. 15 into Eq. 7, and you get the
 # update in its Algorithm 2. We go through x̂₀ because it can be clipped: at t = 999 an error of
 # 0.01 in ε is one of 1.6 in the picture, and unclipped errors pile up to glaring colours.
 #
@@ -245,7 +244,7 @@ def ddpm_sample(model, diffusion, x_t, fresh_noise, *cond):
         x0_hat = diffusion.denoise(model, x_t, t, *cond)
         yield level, x_t, x0_hat
         if level == 0:
-            break  # below is no noise: ᾱ' = 1, so the mean of Eq. 6 is x̂₀ and the variance is 0
+            break  # below is no noise: ᾱ' = 1, so the mean of Eq. 7 is x̂₀ and the variance is 0
         mean, variance = diffusion.q_posterior(x0_hat, x_t, t, t - 1)
         x_t = mean + variance.sqrt() * fresh_noise()
 
@@ -301,9 +300,9 @@ def norm(channels):
 
 
 class Attention(nn.Module):
-    """Every place of a map sees every other: how the left eye learns the colour of the right one.
+    """Every pixel sees every other: how the left eye learns the colour of the right one.
 
-    Single-head self-attention; for small maps, as its cost grows with the side's fourth power.
+    Single-head self-attention; for small sides, as its cost grows with the side's fourth power.
     """
 
     def __init__(self, channels):
@@ -362,7 +361,7 @@ class UNet(nn.Module):
 
     size: side of the pictures. channels: feature maps at full size; mults: multiples of that at
     size, size/2, size/4, ...; blocks: residual blocks a floor (one more on the way up);
-    attention: sides of the maps that get it; the middle always does.
+    attention: at which sides; the middle always has it.
     The paper's for 32 px: UNet(32, 128, (1, 2, 2, 2), 2, (16,), 0.1), 35,746,307 parameters.
     """
 
@@ -420,12 +419,12 @@ class UNet(nn.Module):
 
 
 # ---- Averaging ---------------------------------------------------------------------------------
-# While the learning rate is high, the weights jitter from batch to batch, and with them the
-# colours of all cats. A running average of the weights makes much better samples. It is only used
-# to sample: it never goes back into the network that is trained. The paper's decay of 0.9999
-# remembers some 10,000 steps, and early on that is mostly the random start: sampling from such an
-# average gives noise, which looks like a bug in the sampler. So the memory of ours grows with the
-# run: after n steps it is n/19 steps long. Only runs of 190,000 steps and more reach the 10,000.
+# The weights jitter from batch to batch, and with them the colours of all cats. A running average of
+# the weights makes much better samples. It is only used to sample: it never goes back into the
+# network that is trained. The paper's decay of 0.9999 remembers some 10,000 steps, and early on
+# that is mostly the random start: sampling from such an average gives noise, which looks like a bug
+# in the sampler. So the memory of ours grows with the run: after n steps it is n/19 steps long.
+# Only runs of 190,000 steps and more reach the 10,000.
 #
 # All of part 1 together:
 #
@@ -450,7 +449,7 @@ class EMA:
 
     def update(self, model, n):
         """average ← d·average + (1−d)·weights, with d = min(decay, (1+n)/(20+n)); n = 0, 1, ..."""
-        share = torch.tensor(1 - min(self.decay, (1 + n) / (20 + n)))  # no number: see part 4
+        share = torch.tensor(1 - min(self.decay, (1 + n) / (20 + n)))  # a tensor: see part 4
         share = share.to(next(model.parameters()).device)
         for mean, new in zip(self.model.parameters(), model.parameters()):
             mean.lerp_(new.detach(), share)
@@ -458,10 +457,10 @@ class EMA:
 
 # ==== PART 2: SINCE THE PAPER ===================================================================
 
-# Five departures; each ends with a measurement and the way back. What is measured, but for the
-# sampler, is the squared error of x̂₀ on drawn cats that were not learned, after 500 training steps
-# with the departure or without it (one seed; 0.217 is the error of one even grey). We compare at
-# equal σ, as the same t means different noise in each schedule.
+# Five departures; each ends with a measurement and the way back. But for the sampler, that is the
+# squared error of x̂₀ on held-out drawn cats after 500 training steps, with all five or without
+# this one (one seed; 0.217 is the error of one even grey). We compare at equal σ, as the same t
+# means different noise in each schedule.
 
 # ---- A gentler schedule ------------------------------------------------------------------------
 # The paper's schedule leaves ᾱ = 0.003 at t = 750. In a small picture only the overall brightness
@@ -537,30 +536,30 @@ LEVELS = {"middle": middle_levels, "uniform": uniform_levels}
 # ---- Fewer steps -------------------------------------------------------------------------------
 # A thousand network calls make one picture. 25 are enough, if three things are chosen better.
 # First, the levels to stop at. Most programs take every 40th t. We start at T-1, where all is
-# noise. The other levels lie on a grid that is even in log σ, from 200, where not even the
-# average brightness is visible, to 0.01: each step divides σ by the same factor (compare Karras
-# et al. 2022, arXiv:2206.00364).
+# noise. It replaces the first of a grid that is even in log σ, from 200, where not even the
+# average brightness is visible, to 0.01: each later step divides σ by the same factor (compare
+# Karras et al. 2022, arXiv:2206.00364).
 #
 # The other two are switches, and each sampler is one setting of both:
 #
 #                           the latest estimate    extrapolated from the last two
 #     no fresh noise        ddim                   dpm      (DPM-Solver++ 2M)
 #     fresh noise           ddpm (any length)      dpm-sde  (SDE-DPM-Solver++ 2M)
-#     for σ from 5 to 0.5                          dpm-mix, our default
+#     noise at σ 5 to 0.5                          dpm-mix, our default
 #
-# *Fresh noise or none.* Without it (DDIM, arXiv:2010.02502), nothing random happens after the
-# start. Each picture follows one smooth path from noise to cat, and a smooth path can be walked in
-# large steps. With it, later steps can correct the mistakes of earlier ones, but it costs contrast.
-# So our default adds noise only where the face is decided (compare Karras et al., section 4).
+# *Fresh noise or none.* DDIM (arXiv:2010.02502) keeps the old noise: only the start is random. Each
+# picture follows one smooth path from noise to cat, and a smooth path can be walked in large steps.
+# With fresh noise, later steps can correct the mistakes of earlier ones, but it costs contrast. So
+# our default adds it only where the face is decided (compare Karras et al., section 4).
 #
 # *The latest estimate or an extrapolated one.* x̂₀ changes during a step. A step that uses only
 # its value at the start lags behind. Plotted against log σ, x̂₀ moves on nearly a straight line.
 # We extend the line through the last two estimates to the middle of the step.
 #
-# Same weights, 25 calls, 96 pictures each, counted by eye twice, not knowing which is which. With a
-# fault that a child would point at: `dpm` 15 and 12, `dpm-sde` 20 and 8, `dpm-mix` 17 and 11.
-# Believable without reserve: 23 and 24, 39 and 37, 38 and 34. Contrast of 160, the data's being 1:
-# 1.00, 0.91, 0.97. Back to the paper: `sample --sampler ddpm`.
+# Same weights, 25 calls, 96 pictures each, judged blind by eye, twice. With a fault that a child
+# would point at: `dpm` 15/12, `dpm-sde` 20/8, `dpm-mix` 17/11. Believable without reserve: 23/24,
+# 39/37, 38/34. Contrast of 160 pictures, the data's being 1: 1.00, 0.91, 0.97 (`ddpm` not counted).
+# Back to the paper: `sample --sampler ddpm`.
 
 
 def ddpm_step(diffusion, x0_hat, x_t, t, t_next, fresh_noise, denoise):
