@@ -419,12 +419,12 @@ class UNet(nn.Module):
 
 
 # ---- Averaging ---------------------------------------------------------------------------------
-# The weights jitter from batch to batch, and with them the colours of all cats. A running average of
-# the weights makes much better samples. It is only used to sample: it never goes back into the
+# The weights jitter from batch to batch, and with them the colours of all cats. A running average
+# of the weights makes much better samples. It is only used to sample: it never goes back into the
 # network that is trained. The paper's decay of 0.9999 remembers some 10,000 steps, and early on
-# that is mostly the random start: sampling from such an average gives noise, which looks like a bug
-# in the sampler. So the memory of ours grows with the run: after n steps it is n/19 steps long.
-# Only runs of 190,000 steps and more reach the 10,000.
+# that is mostly the random start: sampling from such an average gives noise, which looks like a
+# bug in the sampler. So the memory of ours grows with the run: after n steps it is n/19 steps
+# long. Only runs of 190,000 steps and more reach the 10,000.
 #
 # All of part 1 together:
 #
