@@ -392,9 +392,8 @@ class UNet(nn.Module):
         for floor, mult in reversed(list(enumerate(mults))):
             attend = size // 2**floor in attention
             for _ in range(blocks + 1):
-                self.up.append(
-                    ResBlock(c + c_skips.pop(), channels * mult, c_time, dropout, attend)
-                )
+                c_in = c + c_skips.pop()  # what comes from below, and the skip beside it
+                self.up.append(ResBlock(c_in, channels * mult, c_time, dropout, attend))
                 c = channels * mult
             if floor > 0:
                 self.up.append(init(Upsample(c, c, 3, padding=1)))
@@ -562,6 +561,10 @@ LEVELS = {"middle": middle_levels, "uniform": uniform_levels}
 # Back to the paper: `sample --sampler ddpm`.
 
 
+# All steps take the same arguments, so that they fit one table. `denoise(x_t, t)` calls the network
+# once more: for samplers that look twice, such as Heun's.
+
+
 def ddpm_step(diffusion, x0_hat, x_t, t, t_next, fresh_noise, denoise):
     """The paper's step, over any distance: take x0_hat for the truth, pick from Eq. 6 at random."""
     mean, variance = diffusion.q_posterior(x0_hat, x_t, t, t_next)
@@ -592,8 +595,7 @@ def look_ahead(diffusion, x0_hat, x0_hat_prev, t_prev, t, t_next):
     return x0_hat + slope * width / 2
 
 
-# The two switches, and how many network calls are usual. Each step is given `denoise`, too, which
-# calls the network: for samplers that look twice, such as Heun's.
+# The two switches, and how many network calls are usual.
 Sampler = namedtuple("Sampler", "step extrapolate calls")
 SAMPLERS = {
     "dpm-mix": Sampler(mixed_step, True, 25),
@@ -727,7 +729,7 @@ def load_pictures(folders, size, run):
         write_whole(cache, (picture.contiguous().numpy() for picture in decoded))
     while not cache.exists():  # and the others wait
         time.sleep(1)
-    with open(cache, "r+b") as file:  # we do not write; but a mapping of "rb" torch warns about
+    with open(cache, "r+b") as file:  # only to read; but torch warns about memory that is read-only
         flat = torch.frombuffer(mmap.mmap(file.fileno(), 0), dtype=torch.uint8)
     return flat.view(-1, len(COLOURS), size, size)
 
@@ -747,7 +749,7 @@ def find_pictures(folders):
 
 def walk(path, seen):
     """Yield the files at and below `path`, but no hidden ones, and none twice: `seen` grows."""
-    path = path.resolve()
+    path = Path(os.path.realpath(path))  # Path.resolve raises where a link points to itself
     if path in seen or Path(path, "checkpoint.pt").exists():
         return  # a link led back here; or it is a run, and previews are nothing to learn from
     seen.add(path)
@@ -778,7 +780,7 @@ def decode_pictures(paths, size, listing):
 
 
 def read_picture(path, size):
-    """One file -> uint8 (3, size, size), upright, white behind it. Raises anything.
+    """One file -> uint8 (3, size, size), upright, white behind it. Raises what is wrong with it.
 
     Beside each picture the CAT dataset (Zhang, Sun, Tang 2008) has a file that marks the eyes, the
     mouth and three points on each ear, as "9 x1 y1 ... x9 y9": then we take the face alone.
@@ -1110,9 +1112,8 @@ def write_samples(args):
     shipped = Path(__file__).parent / "samples" / "catdiffusion.pt"
     args.checkpoint = args.checkpoint or str(max(runs, key=os.path.getmtime, default=shipped))
     args.steps = args.steps or SAMPLERS[args.sampler].calls
-    model, diffusion, args.trained_steps = load_checkpoint(
-        args.checkpoint, pick_device(args.device)
-    )
+    device = pick_device(args.device)
+    model, diffusion, args.trained_steps = load_checkpoint(args.checkpoint, device)
     training = find_pictures([args.nearest]) if args.nearest else None
     show(f"sampling with {args.checkpoint}, trained for {args.trained_steps} steps")
     if args.out.endswith("/") or Path(args.out).is_dir():
@@ -1300,16 +1301,17 @@ def settings(*words, **given):
     typed.setdefault("run", "run" if "data" in typed else "run-drawn")
     path = Path(typed["run"], "checkpoint.pt")
     names = set(defaults) - {"run", "device"}  # these are chosen each time
+    fixed = *LEARNED, "init"  # a run begins only once
     if not path.exists():  # a new run; of what it may start from, it takes the network alone
         path = typed.get("init")
-        names = LEARNED
+        names = fixed = LEARNED
     saved = {}
     if path:
         with open_checkpoint(path) as checkpoint:
             saved = {k: value for k, value in checkpoint["settings"].items() if k in names}
     args = argparse.Namespace(**defaults | saved | typed)
     changed = {name: was for name, was in saved.items() if vars(args)[name] != was}
-    learned = {name: was for name, was in changed.items() if name in LEARNED}
+    learned = {name: was for name, was in changed.items() if name in fixed}
     wrong = [word for name, was in learned.items() for word in as_words(name, was)]
     message = f"{path} has learned with {' '.join(wrong)}: leave that, or choose another --run"
     require(not wrong, message)
@@ -1629,7 +1631,7 @@ THEIR_CONFIG |= {"norm_eps": 1e-6, "norm_num_groups": 32}
 THEIR_DEFAULTS = {"center_input_sample": False, "mid_block_scale_factor": 1}
 THEIR_DEFAULTS |= {"time_embedding_type": "positional", "resnet_time_scale_shift": "default"}
 THEIR_DEFAULTS |= {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
-THEIR_DEFAULTS |= {"prediction_type": "epsilon", "num_train_timesteps": 1000}
+THEIR_DEFAULTS |= {"prediction_type": "epsilon"}
 
 
 def our_name(name, blocks):
