@@ -717,15 +717,15 @@ def load_pictures(folders, size, run):
         cats = (draw_cat(random.Random(i), size) for i in range(2000))
         return torch.stack([TF.pil_to_tensor(cat) for cat in cats])
     paths = find_pictures(folders)
-    files = [Path(f"{path}{end}") for path in paths for end in ("", ".cat")]
-    stats = [(f"{f}", f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.exists()]
+    times = [(f"{path}", time_of(path), time_of(Path(f"{path}.cat"))) for path in paths]
     # The file's name changes with all that its content depends on, the code that reads included.
     code = inspect.getsource(read_picture), inspect.getsource(as_seen)
-    cache = Path(run, f"pictures-{hash_of(stats, size, COLOURS, code):08x}.u8")
-    if RANK == 0 and not cache.exists():  # one process decodes for all,
-        for old in Path(run).glob("pictures-*.u8"):
-            old.unlink()
-        decoded = decode_pictures(paths, size, Path(run, "skipped.txt"))
+    cache = Path(run, f"pictures-{hash_of(times, size, COLOURS, code):08x}.u8")
+    listing = Path(run, "skipped.txt")  # what it names is tried again
+    if RANK == 0 and (listing.exists() or not cache.exists()):  # one process decodes for all,
+        for old in [listing, *Path(run).glob("pictures-*.u8")]:
+            old.unlink(missing_ok=True)
+        decoded = decode_pictures(paths, size, listing)
         write_whole(cache, (picture.contiguous().numpy() for picture in decoded))
     while not cache.exists():  # and the others wait
         time.sleep(1)
@@ -787,7 +787,8 @@ def read_picture(path, size):
     """
     formats = "JPEG PNG WEBP BMP GIF TIFF AVIF".split()  # whatever the suffix says
     with Image.open(path, formats=formats) as image:
-        ours = "catdiffusion" in image.info or image.info.get("comment") == b"catdiffusion"
+        comment = f"{image.info.get('comment')}"  # a GIF's
+        ours = "catdiffusion" in image.info or "catdiffusion" in comment
         require(not ours, "made by this program")
         if image.mode[0] == "I":  # grey of 16 bits
             image = image.convert("I").point(lambda value: value / 257).convert("L")
@@ -920,7 +921,6 @@ def train(args, pictures=None):
                 next_preview = state.since + 60 * args.every
         if RANK == 0:
             state.save(args)
-        asked()  # nobody leaves before it is saved
     if WORLD_SIZE > 1:
         del model  # the wrapper first: as the last to hold the group, it would wait for ever
         torch.distributed.destroy_process_group()  # else its threads may abort as we leave
@@ -959,6 +959,7 @@ class State:
         self.log = []  # a dict for each record
         self.losses = []  # since the last record; NaN if the step was skipped
         self.written = 0  # when the checkpoint was, as we know it
+        self.kept = 0  # the step that it has
         self.since = self.next_line = time.perf_counter()
         self.next_record = self.since + 10
         if resumed:
@@ -972,9 +973,10 @@ class State:
         torch.save(data, buffer)
         ours = self.written == time_of(self.path)  # else another training has been here
         path = self.path if ours else self.path.with_name(f"checkpoint-{os.getpid()}.pt")
-        write_whole(path, [buffer.getbuffer()])
+        write_whole(path, [buffer.getbuffer()], f"step {self.kept} is safe")
         require(ours, f"another training writes to {args.run}; this one is saved in {path}")
         self.written = time_of(path)
+        self.kept = self.step
 
     def load(self):
         """Read it back. Raises Failure if the file is damaged."""
@@ -984,9 +986,9 @@ class State:
             saved["optimizer"]["param_groups"] = self.optimizer.state_dict()["param_groups"]
             for name, part in self.parts.items():
                 part.load_state_dict(saved[name])
-            self.step = saved["step"]
+            self.step = self.kept = saved["step"]
             self.seconds = saved["seconds"]
-            self.log = saved["log"]
+            self.log = [record for record in saved["log"] if "loss" in record]  # once it had others
 
     def report(self, args, loss, due):
         """Note the loss of a step. When it is time, show the line; every 30 s, or if due, log."""
@@ -1028,12 +1030,8 @@ def preview(state, args, pictures):
         *_, (_, _, x0_hat) = sample(model, diffusion, 16)
         (folder / "previews").mkdir(exist_ok=True)
         make_sheet(x0_hat).save(folder / "previews" / f"{state.step:06}.png")
-        data = as_floats(pictures[:: len(pictures) // 500 + 1])  # up to 500
-        # The spread of both: pale colours show there first.
-        stds = {"sample_std": x0_hat.std().item(), "data_std": data.std().item()}
-        state.log.append({"step": state.step} | stds)
         (folder / "log.jsonl").write_text("\n".join(map(json.dumps, state.log)))
-        x0 = data[:1].to(x0_hat.device)
+        x0 = as_floats(pictures[:1]).to(x0_hat.device)
         reconstruction(model, diffusion, x0).save(folder / "reconstruction.png")
         loss_curve(state.log).save(folder / "loss.png")
     except Exception as e:
@@ -1057,9 +1055,8 @@ def reconstruction(model, diffusion, x0):
 
 def loss_curve(log):
     """The loss over the steps, on a logarithmic axis from 1 (top) to 0.01 (bottom)."""
-    records = [record for record in log if "loss" in record]
-    xs = [20 + 600 * record["step"] / records[-1]["step"] for record in records]
-    ys = [20 - 180 * math.log10(record["loss"]) for record in records]
+    xs = [20 + 600 * record["step"] / log[-1]["step"] for record in log]
+    ys = [20 - 180 * math.log10(record["loss"]) for record in log]
     image = Image.new("RGB", (640, 400), "white")
     pen = ImageDraw.Draw(image)
     for loss in (1, 0.3, 0.1, 0.03, 0.01):
@@ -1135,13 +1132,9 @@ def write_samples(args):
         sheet = beside_nearest(x0, training, Path(f"{stem}-skipped.txt"))
         sheets.append(save_new(sheet, f"{stem}-nearest.png", vars(args)))
     if frames:
-        film = Path(f"{stem}.gif")
-        while film.exists():
-            film = film.with_stem(f"{film.stem}-new")
-        sheets.append(film)
         times = [80] * (len(frames) - 1) + [3000]  # milliseconds: it rests on the last
-        how = {"duration": times, "loop": 0, "comment": b"catdiffusion"}
-        frames[0].save(film, save_all=True, append_images=frames[1:], **how)
+        how = {"save_all": True, "append_images": frames[1:], "duration": times, "loop": 0}
+        sheets.append(save_new(frames[0], f"{stem}.gif", vars(args), **how))
     show("\n".join(map(quoted, sheets + files)))
 
 
@@ -1558,8 +1551,11 @@ def time_of(path):
     return path.stat().st_mtime_ns if path.exists() else 0
 
 
-def write_whole(path, parts):
-    """Write bytes to a file; it takes its name only when it is whole and on the disk."""
+def write_whole(path, parts, safe="what was there before is whole"):
+    """Write bytes to a file; it takes its name only when it is whole and on the disk.
+
+    If it fails, OSError names the file and says what is `safe`.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f"{path.name}.{os.getpid()}.part")  # beside it
     try:
@@ -1573,20 +1569,22 @@ def write_whole(path, parts):
             time.sleep(0.2)
         os.replace(new, path)
     except OSError as e:
-        raise OSError(f"{path} not written: {e}; what was there before is whole") from None
+        raise OSError(f"{path} not written: {e}; {safe}") from None
     finally:
         new.unlink(missing_ok=True)
 
 
-def save_new(image, path, about):
-    """Write a PNG with `about` as JSON in its text, never over another. Returns its path."""
+def save_new(image, path, about, **how):
+    """Write a PNG or GIF with `about` as JSON in it, never over another. Returns its path."""
     path = Path(path)
     while path.exists() and Image.open(path).tobytes() != image.tobytes():
         path = path.with_stem(f"{path.stem}-new")
-    text = PngImagePlugin.PngInfo()  # PNG's own place for words
-    text.add_text("catdiffusion", json.dumps(about))
+    about = json.dumps(about)
+    text = PngImagePlugin.PngInfo()  # PNG's place for words; a GIF has a comment
+    text.add_text("catdiffusion", about)
+    comment = f"catdiffusion {about}".encode()
     buffer = io.BytesIO()
-    image.save(buffer, "PNG", pnginfo=text)
+    image.save(buffer, path.suffix[1:], pnginfo=text, comment=comment, **how)
     write_whole(path, [buffer.getbuffer()])
     return path
 
@@ -1623,15 +1621,13 @@ THEIR_WORDS = """time_embedding.linear_1=time.0 time_embedding.linear_2=time.2 t
     conv_norm_out=norm_out conv_shortcut=shortcut group_norm=norm mid_block=middle_blocks.0
     samplers.0.conv=samplers.0 to_q=q to_k=k to_v=v to_out.0=out
     query=q key=k value=v proj_attn=out"""
-# What makes their UNet2DModel the paper's network.
-THEIR_CONFIG = {"_class_name": "UNet2DModel", "act_fn": "silu", "attention_head_dim": None}
-THEIR_CONFIG |= {"flip_sin_to_cos": False, "freq_shift": 1, "downsample_padding": 0}
-THEIR_CONFIG |= {"norm_eps": 1e-6, "norm_num_groups": 32}
-# The same for what may be missing, from scheduler_config.json, too.
-THEIR_DEFAULTS = {"center_input_sample": False, "mid_block_scale_factor": 1}
-THEIR_DEFAULTS |= {"time_embedding_type": "positional", "resnet_time_scale_shift": "default"}
-THEIR_DEFAULTS |= {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
-THEIR_DEFAULTS |= {"prediction_type": "epsilon"}
+# What makes their UNet2DModel the paper's network, and their scheduler its schedule.
+THE_PAPERS = {"act_fn": "silu", "attention_head_dim": None, "flip_sin_to_cos": False}
+THE_PAPERS |= {"freq_shift": 1, "downsample_padding": 0, "norm_eps": 1e-6, "norm_num_groups": 32}
+THE_PAPERS |= {"center_input_sample": False, "mid_block_scale_factor": 1}
+THE_PAPERS |= {"time_embedding_type": "positional", "resnet_time_scale_shift": "default"}
+THE_PAPERS |= {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
+THE_PAPERS |= {"trained_betas": None, "num_train_timesteps": 1000, "prediction_type": "epsilon"}
 
 
 def our_name(name, blocks):
@@ -1653,12 +1649,12 @@ def read_folder(folder):
     """What State.save writes, as far as sampling needs it, from a folder of diffusers."""
     config = json.loads((folder / "config.json").read_text())
     for path in folder.glob("scheduler_config.json"):
-        config = json.loads(path.read_text()) | config
-    config = THEIR_DEFAULTS | config
+        config |= json.loads(path.read_text())
+    config = {name: value for name, value in config.items() if value is not None}
+    # (What an older version does not know is not in there.)
+    foreign = [name for name, value in THE_PAPERS.items() if config.get(name, value) != value]
     kinds, widths = config["down_block_types"], config["block_out_channels"]
     size, blocks = config["sample_size"], config["layers_per_block"]
-    known = THEIR_DEFAULTS | THEIR_CONFIG
-    foreign = [name for name, value in known.items() if config.get(name) != value]
     foreign += set(kinds) - {"DownBlock2D", "AttnDownBlock2D"}  # blocks that we do not have
     # (With fewer channels our `norm` has fewer groups than theirs.)
     require(not foreign and min(widths) > 127, f"{folder}: not the paper's network, {foreign}")

@@ -114,12 +114,8 @@ def test_samplers_make_the_calls_asked_for_and_picture_i_is_always_the_same(samp
 
 def test_the_default_adds_noise_in_the_middle_only():
     x0_hat, x_t = torch.randn(2, 1, 1, 4, 4).double()
-    for sigma, step in (
-        (6, cd.ddim_step),
-        (4, cd.ddpm_step),
-        (0.6, cd.ddpm_step),
-        (0.4, cd.ddim_step),
-    ):
+    for sigma in (6, 4, 0.6, 0.4):
+        step = cd.ddpm_step if 0.5 < sigma < 5 else cd.ddim_step
         t = (COSINE.sigma - sigma).abs().argmin()[None]
         how = COSINE, x0_hat, x_t, t, t - 9, partial(torch.ones_like, x_t), None
         torch.testing.assert_close(cd.mixed_step(*how), step(*how))
@@ -287,8 +283,8 @@ KINDS = [(f"a.{end}", "RGB", RED, RED) for end in "jpg JPEG jpe png webp bmp gif
 KINDS += [("g.jpg", "L", 99, GREY), ("c.jpg", "CMYK", (0, 255, 255, 0), RED)]
 KINDS += [("i.png", "I;16", 99 * 257, GREY), ("i.tif", "I;16", 99 * 257, GREY)]
 KINDS += [("t.png", "RGBA", (0, 0, 0, 0), WHITE), ("u.png", "LA", (0, 0), WHITE)]
-ONES = ("wrong.jpg", RED), ("p.png", BLUE), ("p.jpg", BLUE), ("broken.png", RED), ("clear.bmp", RED)
-ONES += (("glass.png", WHITE),)
+ONES = {"wrong.jpg": RED, "p.png": BLUE, "p.jpg": BLUE, "broken.png": RED, "glass.png": WHITE}
+ONES["clear.bmp"] = RED  # each is of its own kind
 
 
 def read(path):
@@ -313,7 +309,7 @@ def test_pictures_of_every_kind_are_read_with_their_grain():
     head = struct.pack("<IiiHHI20x4I52x", 108, 40, 30, 1, 32, 3, *masks)  # of a BMP with opacity,
     pixels = bytes([0, 0, 250, 0]) * 1200  # which is 0 everywhere
     Path("clear.bmp").write_bytes(b"BM" + struct.pack("<12xI", 122)[4:] + head + pixels)
-    for name, colour in ONES:
+    for name, colour in ONES.items():
         assert near(read(name)[16, 16], colour), name
     grain = Image.frombytes("RGB", (40, 40), random.Random(0).randbytes(3 * 40 * 40))
     grain.resize((250, 250)).save("grain.jpg", quality=95)
@@ -383,8 +379,20 @@ def test_bad_pictures_are_skipped_and_the_rest_is_decoded_once(capsys, monkeypat
     assert len(cd.load_pictures(["data", deep], 16, "run")) == 3
     told, listed = capsys.readouterr().out, Path("run/skipped.txt").read_text()
     assert "6 of 9 pictures skipped" in told and "Bomb" in listed and "4.JPG.cat" in listed
+    for name in bad:
+        (deep / name).unlink()
+    opened = Image.open
+
+    def busy(path, **how):
+        assert path.name != "0.JPG"
+        return opened(path, **how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Image, "open", busy)
+        assert len(cd.load_pictures(["data"], 16, "run")) == 4
+    assert len(cd.load_pictures(["data"], 16, "run")) == 5  # it was tried again
     monkeypatch.setattr(cd, "decode_pictures", lambda *_: [torch.zeros(3, 16, 16).byte()])
-    assert len(cd.load_pictures(["data"], 16, "run")) == 3  # decoded once,
+    assert len(cd.load_pictures(["data"], 16, "run")) == 5  # decoded once,
     os.utime(deep / "0.JPG", (1, 1))
     assert len(cd.load_pictures(["data"], 16, "run")) == 1  # and anew when something changes
     assert len(list(Path("run").glob("*.u8"))) == 1
@@ -422,10 +430,8 @@ def test_a_run_can_start_from_other_weights_and_keeps_their_network(capsys):
     old, new = load("old/checkpoint.pt"), load("new/checkpoint.pt")
     assert new["step"] == 2 and new["settings"]["schedule"] == "linear"
     assert new["settings"]["batch"] == 16  # it takes the network alone
-    model, ema, start = (
-        nn.utils.parameters_to_vector(weights.values())
-        for weights in (new["model"], new["ema"], old["ema"])
-    )
+    weights = new["model"], new["ema"], old["ema"]
+    model, ema, start = (nn.utils.parameters_to_vector(part.values()) for part in weights)
     assert 0 < (model - start).norm() < 0.01 * start.norm()
     assert (ema - start).norm() < 0.1 * (model - start).norm()  # these are not soon forgotten
     assert run(*words, "--steps", 3) == 0 and load("new/checkpoint.pt")["step"] == 3  # it goes on
@@ -474,7 +480,7 @@ def test_damage_a_full_disk_and_losses_that_are_not_finite_harm_no_checkpoint(mo
     assert Path("r/checkpoint.pt").read_bytes() == good
     told = capsys.readouterr().err
     assert not list(Path("r").glob("*.part"))
-    assert "No space left" in told and "smaller --lr" in told
+    assert "No space left" in told and "step 2 is safe" in told and "smaller --lr" in told
     Path("new").mkdir()
     Path("new/previews").touch()  # where the folder should be
     assert run("train", *SMALL, "--steps", 2, "--run", "new") == 0
@@ -539,9 +545,8 @@ def test_from_python_pictures_are_made_again_and_the_best_are_kept(monkeypatch):
     assert max(abs(a - b) for a, b in pairs) <= 1 and made["trained_steps"] == step == 2
     for file in files:
         Image.open(file).save(file.name)  # without the text that says who made it
-    nearest = cd.beside_nearest(x0_hat, [file.name for file in files], Path("list.txt")).crop(
-        (16, 0, 32, 16)
-    )
+    pair = cd.beside_nearest(x0_hat, [file.name for file in files], Path("list.txt"))
+    nearest = pair.crop((16, 0, 32, 16))
     assert nearest.tobytes() == Image.open(files[7]).tobytes()
     bright = nn.Module()  # a classifier that takes bright pictures for cats
     bright.forward = lambda x: F.pad(x.mean((1, 2, 3))[:, None], (283, 716))
@@ -572,10 +577,8 @@ def test_what_comes_with_the_program():
     leftover = {"WORLD_SIZE": "4", "RANK": "2"}  # without a torchrun that says so
     code += "; import catdiffusion; assert (catdiffusion.WORLD_SIZE, catdiffusion.RANK) == (1, 0)"
     subprocess.run([sys.executable, "-B", "-c", code], env=ENVIRONMENT | leftover, check=True)
-    assert sorted(os.listdir()) == ["cat.png", "cats", "mycat"] and Image.open("cat.png").size == (
-        64,
-        64,
-    )
+    assert sorted(os.listdir()) == ["cat.png", "cats", "mycat"]
+    assert Image.open("cat.png").size == (64, 64)
 
 
 ODD = """train --size 60|train --size x|train --batch 0|train --lr nan|train --dropout 1
@@ -602,7 +605,7 @@ down_blocks.1.attentions.0.to_out.0 down.2.attention.out  up_blocks.0.upsamplers
 up_blocks.0.resnets.1.conv_shortcut up.1.shortcut
 up_blocks.1.attentions.0.group_norm up.3.attention.norm"""
 FOLDER = {"block_out_channels": [128, 256], "down_block_types": ["DownBlock2D", "AttnDownBlock2D"]}
-CONFIG = cd.THEIR_CONFIG | FOLDER | {"layers_per_block": 1, "sample_size": 8}
+CONFIG = cd.THE_PAPERS | FOLDER | {"layers_per_block": 1, "sample_size": 8}
 CONFIG |= {"num_train_timesteps": None}  # as newer versions of diffusers write it
 
 
@@ -617,7 +620,8 @@ def test_a_folder_in_the_layout_of_diffusers_is_read(capsys):
     assert type(diffusion) is cd.Diffusion and diffusion.alphas_cumprod[0].item() > 0.99989
     torch.save(model.half().state_dict(), "diffusion_pytorch_model.bin")
     assert run("sample", "--checkpoint", ".", "-n", 1, "--steps", 1) == 0
-    for file, odd in (("", "freq_shift"), ("", "center_input_sample"), ("scheduler_", "beta_end")):
+    odds = ("", "freq_shift"), ("", "center_input_sample"), ("scheduler_", "beta_end")
+    for file, odd in (*odds, ("scheduler_", "trained_betas"), ("", "attention_head_dim")):
         config.write_text(json.dumps(CONFIG))
         Path(f"{file}config.json").write_text(json.dumps((CONFIG if file == "" else {}) | {odd: 2}))
         assert run("sample", "--checkpoint", ".") == 2 and odd in capsys.readouterr().err
