@@ -1521,8 +1521,8 @@ def stop_requests():
     received = []
 
     def note(number, frame):
-        if number == signal.SIGINT and number in received:
-            raise KeyboardInterrupt
+        if number == signal.SIGINT and number in received and WORLD_SIZE == 1:
+            raise KeyboardInterrupt  # (torchrun sends the first one twice)
         received.append(number)
 
     def asked():

@@ -455,6 +455,12 @@ def test_a_stop_finishes_the_step_and_saves_but_a_second_ctrl_c_ends_at_once(nam
     assert run("train", *SMALL, "--steps", 6, "--run", "r") == 130
     assert load("r/checkpoint.pt")["step"] == 3
     assert run("train", "--run", "r") == 130
+    monkeypatch.setattr(cd, "WORLD_SIZE", 2)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda answer: None)
+    with cd.stop_requests() as asked:
+        for _ in range(2):  # torchrun sends each twice
+            os.kill(os.getpid(), number)
+        assert asked()
     assert signal.signal(number, before) is signal.default_int_handler
     assert load("r/checkpoint.pt")["step"] == (3 if name == "SIGINT" else 5)
 
