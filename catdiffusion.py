@@ -1223,14 +1223,13 @@ def a_folder(text):
     return str(path)
 
 
-def parser(**defaults):
-    """The command line, as argparse wants it. defaults: other ones for train's options."""
+def parser():
+    """The command line, as argparse wants it."""
     how = {"allow_abbrev": False, "formatter_class": argparse.ArgumentDefaultsHelpFormatter}
     top = Parser("catdiffusion.py", description=__doc__.split("\n")[0], **how)
     commands = top.add_subparsers(dest="command", required=True)
 
-    command = commands.add_parser("train", help="learn from pictures", **how)
-    add = command.add_argument
+    add = commands.add_parser("train", help="learn from pictures", **how).add_argument
     # the run
     add("--data", type=a_folder, nargs="+", action="extend", help="folders; None: drawn cats")
     add("--run", help="folder for checkpoint and previews; None: run, or run-drawn without --data")
@@ -1255,7 +1254,6 @@ def parser(**defaults):
     add("--schedule", choices=SCHEDULES, default="cosine", help="of the noise")
     add("--prediction", choices=PREDICTIONS, default="v", help="what the network predicts")
     add("--levels", choices=LEVELS, default="middle", help="the t that are learned most")
-    command.set_defaults(**defaults)
 
     add = commands.add_parser("sample", help="make new pictures", **how).add_argument
     add("--checkpoint", help="None: the newer of run and run-drawn, or the cats that come along")
@@ -1273,45 +1271,45 @@ def parser(**defaults):
     return top
 
 
+def as_words(settings):
+    """Settings as one would type them, a list of words."""
+    words = []
+    for name, value in settings.items():
+        if value is not None:  # which means: choose for me
+            values = value if isinstance(value, (list, tuple)) else [value]
+            words += [f"--{name}", *map(str, values)]
+    return words
+
+
 def settings(*words, **given):
     """All settings of `train`, completed and checked: from a command line's words, or by name.
 
-    The rule of resuming: what was typed beats what the run in its folder has, and that beats the
-    defaults. But what the weights have learned with stays. Raises Failure.
+    The rule of resuming: the words of the run in its folder come first, then the new ones, and the
+    last word wins. But what the weights have learned with stays. Raises Failure.
     """
-
-    def as_words(name, value):
-        values = value if isinstance(value, (list, tuple)) else [value]
-        return [f"--{name}", *map(str, values)]
-
-    words = ["train", *words]
-    for name, value in given.items():
-        if value is not None:  # which means: choose for me
-            words += as_words(name, value)
-    defaults = vars(parser().parse_args(["train"]))
-    typed = vars(parser(**dict.fromkeys(defaults)).parse_args(words))  # None where nothing was
-    typed = {name: value for name, value in typed.items() if value is not None}
-    typed.setdefault("run", "run" if "data" in typed else "run-drawn")
-    path = Path(typed["run"], "checkpoint.pt")
-    names = set(defaults) - {"run", "device"}  # these are chosen each time
+    words = [*words, *as_words(given)]
+    typed = parser().parse_args(["train", *words])
+    run = typed.run or ("run" if typed.data else "run-drawn")
+    path = Path(run, "checkpoint.pt")
+    names = set(vars(typed)) - {"run", "device"}  # these are chosen each time
     fixed = *LEARNED, "init"  # a run begins only once
     if not path.exists():  # a new run; of what it may start from, it takes the network alone
-        path = typed.get("init")
+        path = typed.init
         names = fixed = LEARNED
     saved = {}
     if path:
         with open_checkpoint(path) as checkpoint:
             saved = {k: value for k, value in checkpoint["settings"].items() if k in names}
-    args = argparse.Namespace(**defaults | saved | typed)
+    first = saved | {"data": None} if typed.data else saved  # else the folders would add up
+    args = parser().parse_args(["train", *as_words(first), *words, "--run", run])
     changed = {name: was for name, was in saved.items() if vars(args)[name] != was}
     learned = {name: was for name, was in changed.items() if name in fixed}
-    wrong = [word for name, was in learned.items() for word in as_words(name, was)]
-    message = f"{path} has learned with {' '.join(wrong)}: leave that, or choose another --run"
-    require(not wrong, message)
+    told = " ".join(as_words(learned)) or "no --init"
+    require(not learned, f"{path} has learned with {told}: leave that, or choose another --run")
     for name, was in changed.items():
-        show(f"{' '.join(as_words(name, vars(args)[name]))}, was {was}")
+        show(f"{' '.join(as_words({name: vars(args)[name]}))}, was {was}")
     if "optimizer" in changed:
-        args.lr = typed.get("lr")  # the rate goes with the optimizer
+        args.lr = typed.lr  # the rate goes with the optimizer
     del args.command
     complete(args)
     return args

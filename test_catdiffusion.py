@@ -435,7 +435,9 @@ def test_a_run_can_start_from_other_weights_and_keeps_their_network(capsys):
     assert 0 < (model - start).norm() < 0.01 * start.norm()
     assert (ema - start).norm() < 0.1 * (model - start).norm()  # these are not soon forgotten
     assert run(*words, "--steps", 3) == 0 and load("new/checkpoint.pt")["step"] == 3  # it goes on
-    assert run("train", "--init", "other", "--run", "new") == 2  # a run begins only once
+    for folder in ("old", "new"):  # a run begins only once
+        assert run("train", "--init", "other", "--run", folder) == 2
+    assert "learned with no --init" in capsys.readouterr().err
     assert run("train", "--init", "old", "--run", "x", "--size", 32) == 2
     assert "old has learned with --size 16" in capsys.readouterr().err
 
