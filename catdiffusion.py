@@ -19,9 +19,11 @@ The file has four parts. Parts 1 and 2 are the lesson; you may stop reading wher
     3  The program         Pictures. Train. Sample. Command line.
     4  The machine room    TPU, GPU, CPU, many at once. Files. The paper's own networks. Sheets.
 
-Notation, the paper's but for sigma. The paper counts t from 1 to T, the code from 0 to T-1.
+Notation: the paper's, but its σ_t is the spread of one reverse step, and it counts t from 1 to T,
+the code from 0 to T-1.
 
-    x0           x₀          a clean picture, (B, 3, H, W), values in [-1, 1]; not the x_t of t = 0
+    x0           x₀          a clean picture, (B, 3, H, W), values in [-1, 1]; at t = 0 the x_t has
+                             a little noise already, x0 has none
     x0_hat       x̂₀          an estimate of it
     eps          ε           Gaussian noise, mean 0, variance 1, shaped like x0
     t            t           the noise level, (B,), integers: 0 is almost clean, T-1 = 999 is noise
@@ -160,11 +162,12 @@ class Noise:
 #
 # The loss falls quickly at first, and then it looks flat for hours while the pictures get better.
 # For even a perfect network has a loss, as one x_t can come from several pictures. The smallest
-# example needs no network: two pictures of one pixel, +1 with chance 3/4 and -1 with chance 1/4.
-# By Eq. 4 they lead to x_t with likelihoods in the ratio e^a to e^−a, a = x_t·√ᾱ/(1−ᾱ). So the
-# weighted mean is x̂₀ = (3e^a − e^−a) / (3e^a + e^−a) = tanh(a + ½·ln 3). The best possible loss
-# on ε is then 0.04 at t = 100, 0.38 at t = 250 and 0.06 at t = 500. (At low noise the picture
-# gives the noise away; at high noise x_t is nearly the noise itself; in between it is hard.)
+# example needs no network: two pictures of one pixel, +1 with chance 3/4 and -1 with chance 1/4. By
+# Eq. 4 they lead to x_t with likelihoods proportional to exp(−(x_t ∓ √ᾱ)²/(2(1−ᾱ))). The squares
+# are the same for both; what remains is e^a and e^−a, a = x_t·√ᾱ/(1−ᾱ). So the weighted mean is
+# x̂₀ = (3e^a − e^−a) / (3e^a + e^−a) = tanh(a + ½·ln 3). The best possible loss on ε is then 0.04
+# at t = 100, 0.38 at t = 250 and 0.06 at t = 500. (At low noise the picture gives the noise away.
+# At high noise x_t is nearly the noise itself. In between it is hard.)
 
 
 class Diffusion(Noise):
@@ -216,10 +219,12 @@ def train_step(model, diffusion, optimizer, batch, accum=1):
 # there. We go to the next lower noise level and look again: what noise is left favours some cats
 # over others, and the estimate grows sharper.
 #
-# The step treats x̂₀ as the truth and picks at random from the Gaussian of Eq. 6 and 7. x̂₀ is only
-# an average, but the Gaussian's centre is linear in x₀, so it is right; the shape is right only for
-# small steps: hence a thousand. The centre alone has too little noise for the next level: fresh
-# noise fills it up, or pictures come out smooth.
+# The step treats x̂₀ as the truth and picks at random from the Gaussian of Eq. 6 and 7. May it,
+# when x̂₀ is only an average? Each possible x₀ has its own Gaussian. In Eq. 7 its centre is a
+# number times x₀, plus what does not depend on x₀; so the average centre is the centre at x̂₀. In a
+# small step all these centres lie close together, and one Gaussian is enough: hence a thousand
+# steps. The centre alone has too little noise for the next level: fresh noise fills it up, or
+# pictures come out smooth.
 #
 # The paper writes the same step with the predicted ε. Put Eq. 15 into Eq. 7, and you get the
 # update in its Algorithm 2. We go through x̂₀ because it can be clipped: at t = 999 an error of
@@ -448,18 +453,18 @@ class EMA:
 
     def update(self, model, n):
         """average ← d·average + (1−d)·weights, with d = min(decay, (1+n)/(20+n)); n = 0, 1, ..."""
-        share = torch.tensor(1 - min(self.decay, (1 + n) / (20 + n)))  # a tensor: see part 4
-        share = share.to(next(model.parameters()).device)
+        decay = min(self.decay, (1 + n) / (20 + n))
+        share = torch.tensor(1 - decay).to(next(model.parameters()).device)  # see part 4
         for mean, new in zip(self.model.parameters(), model.parameters()):
             mean.lerp_(new.detach(), share)
 
 
 # ==== PART 2: SINCE THE PAPER ===================================================================
 
-# Five departures; each ends with a measurement and the way back. But for the sampler, that is the
-# squared error of x̂₀ on held-out drawn cats after 500 training steps, with all five or without
-# this one (one seed; 0.217 is the error of one even grey). We compare at equal σ, as the same t
-# means different noise in each schedule.
+# Five departures; each ends with a measurement and the way back. The measurement is the squared
+# error of x̂₀ on held-out drawn cats after 500 training steps, with all five departures or without
+# this one (one seed; 0.217 is the error of one even grey). Samplers are judged otherwise. We
+# compare at equal σ, as the same t means different noise in each schedule.
 
 # ---- A gentler schedule ------------------------------------------------------------------------
 # The paper's schedule leaves ᾱ = 0.003 at t = 750. In a small picture only the overall brightness
@@ -534,10 +539,10 @@ LEVELS = {"middle": middle_levels, "uniform": uniform_levels}
 
 # ---- Fewer steps -------------------------------------------------------------------------------
 # A thousand network calls make one picture. 25 are enough, if three things are chosen better.
-# First, the levels to stop at. Most programs take every 40th t. We start at T-1, where all is
-# noise. It replaces the first of a grid that is even in log σ, from 200, where not even the
-# average brightness is visible, to 0.01: each later step divides σ by the same factor (compare
-# Karras et al. 2022, arXiv:2206.00364).
+# First, the levels to stop at. Most programs take every 40th t. Our first is T-1, where all is
+# noise. The others lie on a grid that is even in log σ: each step divides σ by the same factor
+# (compare Karras et al. 2022, arXiv:2206.00364). The grid goes from 200, where not even the average
+# brightness is visible, to 0.01; T-1 takes the place of its first point.
 #
 # The other two are switches, and each sampler is one setting of both:
 #
@@ -548,17 +553,18 @@ LEVELS = {"middle": middle_levels, "uniform": uniform_levels}
 #
 # *Fresh noise or none.* DDIM (arXiv:2010.02502) keeps the old noise: only the start is random. Each
 # picture follows one smooth path from noise to cat, and a smooth path can be walked in large steps.
-# With fresh noise, later steps can correct the mistakes of earlier ones, but it costs contrast. So
-# our default adds it only where the face is decided (compare Karras et al., section 4).
+# With fresh noise, later steps can correct the mistakes of earlier ones; but the pictures come out
+# paler. So our default adds it only where the face is decided (compare Karras et al., section 4).
 #
 # *The latest estimate or an extrapolated one.* x̂₀ changes during a step. A step that uses only
 # its value at the start lags behind. Plotted against log σ, x̂₀ moves on nearly a straight line.
 # We extend the line through the last two estimates to the middle of the step.
 #
 # Same weights, 25 calls, 96 pictures each, judged blind by eye, twice. With a fault that a child
-# would point at: `dpm` 15/12, `dpm-sde` 20/8, `dpm-mix` 17/11. Believable without reserve: 23/24,
-# 39/37, 38/34. Contrast of 160 pictures, the data's being 1: 1.00, 0.91, 0.97 (`ddpm` not counted).
-# Back to the paper: `sample --sampler ddpm`.
+# would point at: `dpm` 15 and 12, `dpm-sde` 20 and 8, `dpm-mix` 17 and 11. Believable without
+# reserve: 23 and 24, 39 and 37, 38 and 34. Contrast of 160 pictures, the data's being 1: 1.00, 0.91
+# and 0.97. So `dpm-mix` is as believable as `dpm-sde`, with nearly all of the contrast. Back to the
+# paper: `sample --sampler ddpm`.
 
 
 # All steps take the same arguments, so that they fit one table. `denoise(x_t, t)` calls the network
@@ -589,7 +595,7 @@ def mixed_step(diffusion, x0_hat, x_t, t, t_next, fresh_noise, denoise):
 def look_ahead(diffusion, x0_hat, x0_hat_prev, t_prev, t, t_next):
     """Extrapolate x0_hat to the middle of the coming step (Lu et al. 2022, arXiv:2211.01095)."""
     log_sigma = diffusion.sigma.log()
-    width_prev = at(log_sigma, t) - at(log_sigma, t_prev)  # of the last step; both are negative
+    width_prev = at(log_sigma, t) - at(log_sigma, t_prev)  # of the last step; negative: σ falls
     width = at(log_sigma, t_next) - at(log_sigma, t)  # of the coming one
     slope = (x0_hat - x0_hat_prev) / width_prev
     return x0_hat + slope * width / 2
@@ -721,11 +727,10 @@ def load_pictures(folders, size, run):
     # The file's name changes with all that its content depends on, the code that reads included.
     code = inspect.getsource(read_picture), inspect.getsource(as_seen)
     cache = Path(run, f"pictures-{hash_of(times, size, COLOURS, code):08x}.u8")
-    listing = Path(run, "skipped.txt")  # what it names is tried again
-    if RANK == 0 and (listing.exists() or not cache.exists()):  # one process decodes for all,
-        for old in [listing, *Path(run).glob("pictures-*.u8")]:
-            old.unlink(missing_ok=True)
-        decoded = decode_pictures(paths, size, listing)
+    if RANK == 0 and not cache.exists():  # one process decodes for all,
+        for old in Path(run).glob("pictures-*"):
+            old.unlink()
+        decoded = decode_pictures(paths, size, Path(run, "pictures-skipped.txt"))
         write_whole(cache, (picture.contiguous().numpy() for picture in decoded))
     while not cache.exists():  # and the others wait
         time.sleep(1)
@@ -760,16 +765,19 @@ def walk(path, seen):
 
 
 def decode_pictures(paths, size, listing):
-    """Yield each picture, uint8 (3, size, size). Unreadable files are skipped and put in a list."""
+    """Yield each picture, uint8 (3, size, size). Damaged files are skipped and put in a list."""
     skipped = []
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for first in range(0, len(paths), 500):  # not all at once: they may be a million
+        for first in range(0, len(paths), 100):  # not all at once: they may be a million
             show(f"decoding pictures, {first} of {len(paths)}", passing=True)
-            some = paths[first : first + 500]
+            some = paths[first : first + 100]
             jobs = [pool.submit(read_picture, path, size) for path in some]
             for path, job in zip(some, jobs):
-                if job.exception():  # a damaged file can make a decoder raise anything
-                    skipped.append(f"{path}: {job.exception()!r}")
+                error = job.exception()  # a damaged file can make a decoder raise anything
+                if getattr(error, "errno", None):
+                    raise OSError(f"{path}: {error}")  # the drive's fault, not the picture's
+                if error:
+                    skipped.append(f"{path}: {error!r}")
                 else:
                     yield job.result()
     require(len(skipped) < len(paths), f"none of {len(paths)} could be read, as {skipped[:1]}")
@@ -816,6 +824,7 @@ def read_picture(path, size):
 def as_seen(image):
     """The PIL image as viewers show it, upright and in sRGB. What they cannot read is ignored."""
     turns = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF's orientation -> Image.Transpose
+    image.load()  # as it loads, a TIFF turns itself
     with contextlib.suppress(Exception):  # it is upright, or has no EXIF, or a broken one
         image = image.transpose(turns[image.getexif()[0x0112]])
     with contextlib.suppress(Exception):  # no colour profile, or a broken one
@@ -880,17 +889,19 @@ def as_floats(pictures):
 
 
 def train(args, pictures=None):
-    """Train as `args`, from settings(), say; resume if the run has a checkpoint. Returns the State.
+    """Train; resume if the run has a checkpoint. Returns the State. Raises Failure, OSError.
 
-    pictures: uint8 (N, 3, size, size), instead of args.data; name a `run` for them. Raises Failure,
-    OSError.
+    args: from settings(). pictures: uint8 (N, 3, size, size), instead of args.data; name a `run`
+    for them, and resume it from Python, too.
     """
     device = pick_device(args.device)
     if pictures is not None:
-        require(pictures.dtype == torch.uint8, "pictures must be uint8, (N, 3, size, size)")
-        args = settings(**vars(args) | {"size": pictures.shape[-1]})
+        shape = len(COLOURS), args.size, args.size
+        good = pictures.dtype == torch.uint8 and pictures.shape[1:] == shape
+        require(good, f"pictures must be uint8, (N, {shape}): say settings(size=...)")
     else:
         pictures = load_pictures(args.data, args.size, args.run)
+    Path(args.run, "previews").mkdir(parents=True, exist_ok=True)
     set_seed(device, args.seed)  # the same network each time
     state = State(args, device)
     few = " (few: the network may repeat them)" if len(pictures) < 1000 else ""
@@ -958,7 +969,7 @@ class State:
         self.seconds = 0.0  # of training
         self.log = []  # a dict for each record
         self.losses = []  # since the last record; NaN if the step was skipped
-        self.written = 0  # when the checkpoint was, as we know it
+        self.written = b""  # the end of the checkpoint, as we know it
         self.kept = 0  # the step that it has
         self.since = self.next_line = time.perf_counter()
         self.next_record = self.since + 10
@@ -971,16 +982,16 @@ class State:
         data |= {name: part.state_dict() for name, part in self.parts.items()}
         buffer = io.BytesIO()  # torch, writing to a full disk itself, may end the whole process
         torch.save(data, buffer)
-        ours = self.written == time_of(self.path)  # else another training has been here
+        ours = self.written == ending(self.path)  # else another training has been here
         path = self.path if ours else self.path.with_name(f"checkpoint-{os.getpid()}.pt")
         write_whole(path, [buffer.getbuffer()], f"step {self.kept} is safe")
         require(ours, f"another training writes to {args.run}; this one is saved in {path}")
-        self.written = time_of(path)
+        self.written = ending(path)
         self.kept = self.step
 
     def load(self):
         """Read it back. Raises Failure if the file is damaged."""
-        self.written = time_of(self.path)
+        self.written = ending(self.path)
         with open_checkpoint(self.path) as saved:
             # Adam's averages are those of the run; whether it is fused depends on this device.
             saved["optimizer"]["param_groups"] = self.optimizer.state_dict()["param_groups"]
@@ -1028,7 +1039,6 @@ def preview(state, args, pictures):
     model, diffusion = state.ema.model, state.diffusion
     try:
         *_, (_, _, x0_hat) = sample(model, diffusion, 16)
-        (folder / "previews").mkdir(exist_ok=True)
         make_sheet(x0_hat).save(folder / "previews" / f"{state.step:06}.png")
         (folder / "log.jsonl").write_text("\n".join(map(json.dumps, state.log)))
         x0 = as_floats(pictures[:1]).to(x0_hat.device)
@@ -1113,7 +1123,7 @@ def write_samples(args):
     model, diffusion, args.trained_steps = load_checkpoint(args.checkpoint, device)
     training = find_pictures([args.nearest]) if args.nearest else None
     show(f"sampling with {args.checkpoint}, trained for {args.trained_steps} steps")
-    if args.out.endswith("/") or Path(args.out).is_dir():
+    if args.out.endswith(("/", os.sep)) or Path(args.out).is_dir():
         args.out = str(Path(args.out, "cat"))
     stem = f"{args.out}-{args.seed}"
     frames = []
@@ -1163,7 +1173,7 @@ def most_like_cats(made, n):
     cats = slice(281, 286)  # ImageNet has five kinds
 
     def chance(numbered):
-        picture = weights.transforms()(numbered[1] / 2 + 0.5)
+        picture = weights.transforms()(numbered[1].expand(3, -1, -1) / 2 + 0.5)
         return network(picture[None]).softmax(1)[0, cats].sum()
 
     return sorted(made, key=chance)[-n:]
@@ -1233,7 +1243,7 @@ def parser():
     # the run
     add("--data", type=a_folder, nargs="+", action="extend", help="folders; None: drawn cats")
     add("--run", help="folder for checkpoint and previews; None: run, or run-drawn without --data")
-    add("--init", help="checkpoint to start from; None: from random weights")
+    add("--init", type=os.path.normpath, help="checkpoint to start from; None: from random weights")
     add("--steps", type=within(1), help="of training; None: 50000, drawn cats 2000")
     add("--every", type=within(0.0), default=5.0, help="minutes from preview to preview")
     add("--device", default="auto", help="tpu, cuda, mps, xpu or cpu; auto takes the best there is")
@@ -1300,12 +1310,12 @@ def settings(*words, **given):
     if path:
         with open_checkpoint(path) as checkpoint:
             saved = {k: value for k, value in checkpoint["settings"].items() if k in names}
-    first = saved | {"data": None} if typed.data else saved  # else the folders would add up
-    args = parser().parse_args(["train", *as_words(first), *words, "--run", run])
+    kept = saved | {"data": None} if typed.data else saved  # else the folders would add up
+    args = parser().parse_args(["train", *as_words(kept), *words, "--run", run])
     changed = {name: was for name, was in saved.items() if vars(args)[name] != was}
     learned = {name: was for name, was in changed.items() if name in fixed}
     told = " ".join(as_words(learned)) or "no --init"
-    require(not learned, f"{path} has learned with {told}: leave that, or choose another --run")
+    require(not learned, f"{path} has learned with {told}, and that stays")
     for name, was in changed.items():
         show(f"{' '.join(as_words({name: vars(args)[name]}))}, was {was}")
     if "optimizer" in changed:
@@ -1346,7 +1356,8 @@ def main(argv=None):
                 write_samples(args)
             return 0
         args = settings(*argv[1:])
-        return 0 if train(args).step >= args.steps else 130  # as after Ctrl-C
+        state = train(args)
+        return 0 if state.step >= args.steps else 130  # as after Ctrl-C
     except KeyboardInterrupt:
         message, code = "interrupted", 130
     except Exception as e:
@@ -1355,7 +1366,8 @@ def main(argv=None):
             message = "out of memory: train with more --accum, sample with less --batch"
         elif not isinstance(e, (Failure, OSError)):  # OSError: the disk is full, ...
             raise  # a bug
-    print("catdiffusion:", " ".join(message.split())[:400], file=sys.stderr)
+    message = " ".join(message.split())[:400]
+    print(f"catdiffusion: {message:66}", file=sys.stderr)  # over a passing line
     return code
 
 
@@ -1406,9 +1418,9 @@ def pick_device(name="auto"):
         if name == "auto":
             name = torch.accelerator.current_accelerator(check_available=True) or "cpu"
         if str(name) == "cuda":
-            name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+            name = f"cuda:{PLACE.get('LOCAL_RANK', 0)}"
         return torch.zeros(1, device=name).device
-    except (OSError, RuntimeError, AssertionError) as e:
+    except (OSError, RuntimeError, AssertionError, ImportError) as e:
         raise Failure(f"--device {name}: not on this machine ({e}); try another") from None
 
 
@@ -1506,8 +1518,8 @@ def set_seed(device, *parts):
 
 def out_of_memory(error):
     """Whether an exception says that the memory is used up; torch has several ways to say so."""
-    told = re.search("out of memory|not enough memory|can't allocate memory", f"{error}")
-    return isinstance(error, MemoryError) or bool(told)
+    told = "out of memory|not enough memory|can't allocate memory"
+    return isinstance(error, MemoryError) or bool(re.search(told, f"{error}", re.IGNORECASE))
 
 
 @contextlib.contextmanager
@@ -1547,6 +1559,15 @@ def stop_requests():
 def time_of(path):
     """When a file was written, in nanoseconds; 0 if it does not exist."""
     return path.stat().st_mtime_ns if path.exists() else 0
+
+
+def ending(path):
+    """The last bytes of a file, which in a checkpoint are checksums; none if there is no file."""
+    if not path.exists():
+        return b""
+    with open(path, "rb") as file:
+        file.seek(-min(4000, path.stat().st_size), os.SEEK_END)
+        return file.read()
 
 
 def write_whole(path, parts, safe="what was there before is whole"):
@@ -1596,7 +1617,7 @@ def open_checkpoint(path):
     try:
         yield read_folder(path) if path.is_dir() else torch.load(path, "cpu", weights_only=True)
     except Exception as e:  # a damaged file can raise anything
-        if isinstance(e, Failure) or out_of_memory(e):
+        if isinstance(e, (Failure, OSError)) or out_of_memory(e):
             raise
         raise Failure(f"{path}: damaged, or not of this program and its network ({e!r})") from None
 
@@ -1646,7 +1667,7 @@ def our_name(name, blocks):
 def read_folder(folder):
     """What State.save writes, as far as sampling needs it, from a folder of diffusers."""
     config = json.loads((folder / "config.json").read_text())
-    for path in folder.glob("scheduler_config.json"):
+    for path in folder.glob("scheduler_config.json"):  # if there is one
         config |= json.loads(path.read_text())
     config = {name: value for name, value in config.items() if value is not None}
     # (What an older version does not know is not in there.)
