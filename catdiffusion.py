@@ -957,6 +957,10 @@ class State:
 
     def __init__(self, args, device):
         self.path = Path(args.run, "checkpoint.pt")
+        self.owner = self.path.with_name("owner.txt")  # says whose run it is
+        self.me = f"process {os.getpid()}, begun {time.ctime()}"
+        if RANK == 0:
+            self.owner.write_text(self.me)
         resumed = self.path.exists()
         self.model, self.diffusion = build(args, device)
         if args.init and not resumed:
@@ -969,8 +973,7 @@ class State:
         self.seconds = 0.0  # of training
         self.log = []  # a dict for each record
         self.losses = []  # since the last record; NaN if the step was skipped
-        self.written = b""  # the end of the checkpoint, as we know it
-        self.kept = 0  # the step that it has
+        self.kept = 0  # the step that the checkpoint has
         self.since = self.next_line = time.perf_counter()
         self.next_record = self.since + 10
         if resumed:
@@ -982,16 +985,15 @@ class State:
         data |= {name: part.state_dict() for name, part in self.parts.items()}
         buffer = io.BytesIO()  # torch, writing to a full disk itself, may end the whole process
         torch.save(data, buffer)
-        ours = self.written == ending(self.path)  # else another training has been here
+        # Unless another training has begun here since:
+        ours = self.owner.exists() and self.owner.read_text() == self.me
         path = self.path if ours else self.path.with_name(f"checkpoint-{os.getpid()}.pt")
         write_whole(path, [buffer.getbuffer()], f"step {self.kept} is safe")
-        require(ours, f"another training writes to {args.run}; this one is saved in {path}")
-        self.written = ending(path)
+        require(ours, f"another training has taken {args.run}; this one is saved in {path}")
         self.kept = self.step
 
     def load(self):
         """Read it back. Raises Failure if the file is damaged."""
-        self.written = ending(self.path)
         with open_checkpoint(self.path) as saved:
             # Adam's averages are those of the run; whether it is fused depends on this device.
             saved["optimizer"]["param_groups"] = self.optimizer.state_dict()["param_groups"]
@@ -1559,15 +1561,6 @@ def stop_requests():
 def time_of(path):
     """When a file was written, in nanoseconds; 0 if it does not exist."""
     return path.stat().st_mtime_ns if path.exists() else 0
-
-
-def ending(path):
-    """The last bytes of a file, which in a checkpoint are checksums; none if there is no file."""
-    if not path.exists():
-        return b""
-    with open(path, "rb") as file:
-        file.seek(-min(4000, path.stat().st_size), os.SEEK_END)
-        return file.read()
 
 
 def write_whole(path, parts, safe="what was there before is whole"):

@@ -500,7 +500,7 @@ def test_damage_a_full_disk_and_losses_that_are_not_finite_harm_no_checkpoint(mo
 
 def test_of_two_trainings_in_one_folder_none_loses_anything(monkeypatch, capsys):
     assert run("train", *SMALL, "--steps", 2, "--run", "r") == 0
-    replace, train_step = os.replace, cd.train_step
+    good, replace, train_step = Path("r/checkpoint.pt").read_bytes(), os.replace, cd.train_step
     busy = iter([PermissionError] * 3)  # as on Windows, while a scanner has the file open
 
     def slow(*names):
@@ -508,15 +508,15 @@ def test_of_two_trainings_in_one_folder_none_loses_anything(monkeypatch, capsys)
             raise error
         replace(*names)
 
-    def other(*rest):  # somebody else's checkpoint appears
-        Path("r/checkpoint.pt").write_bytes(b"other")
+    def other(*rest):  # somebody else begins to train in this folder
+        Path("r/owner.txt").write_text("process 1, begun yesterday")
         return train_step(*rest)
 
     monkeypatch.setattr(os, "replace", slow)
     monkeypatch.setattr(cd, "train_step", other)
     assert run("train", "--run", "r", "--steps", 4) == 2 and next(busy, None) is None
     assert "another training" in capsys.readouterr().err
-    assert Path("r/checkpoint.pt").read_bytes() == b"other" and not list(Path("r").glob("*.part"))
+    assert Path("r/checkpoint.pt").read_bytes() == good and not list(Path("r").glob("*.part"))
     assert load(f"r/checkpoint-{os.getpid()}.pt")["step"] == 4
 
 
