@@ -1302,22 +1302,20 @@ def settings(*words, **given):
     words = [*words, *as_words(given)]
     typed = parser().parse_args(["train", *words])
     run = typed.run or ("run" if typed.data else "run-drawn")
-    path = Path(run, "checkpoint.pt")
-    names = set(vars(typed)) - {"run", "device"}  # these are chosen each time
-    fixed = *LEARNED, "init"  # a run begins only once
-    if not path.exists():  # a new run; of what it may start from, it takes the network alone
-        path = typed.init
-        names = fixed = LEARNED
+    resumed = Path(run, "checkpoint.pt").exists()
+    start = run if resumed else typed.init
+    # Folder and device are chosen each time. From --init a new run takes the network alone.
+    names = set(vars(typed)) - {"run", "device"} if resumed else LEARNED
     saved = {}
-    if path:
-        with open_checkpoint(path) as checkpoint:
+    if start:
+        with open_checkpoint(start) as checkpoint:
             saved = {k: value for k, value in checkpoint["settings"].items() if k in names}
     kept = saved | {"data": None} if typed.data else saved  # else the folders would add up
     args = parser().parse_args(["train", *as_words(kept), *words, "--run", run])
     changed = {name: was for name, was in saved.items() if vars(args)[name] != was}
-    learned = {name: was for name, was in changed.items() if name in fixed}
-    told = " ".join(as_words(learned)) or "no --init"
-    require(not learned, f"{path} has learned with {told}, and that stays")
+    learned = {name: was for name, was in changed.items() if name in (*LEARNED, "init")}
+    told = " ".join(as_words(learned)) or "no --init"  # for a run begins only once
+    require(not learned, f"{start} has learned with {told}, and that stays")
     for name, was in changed.items():
         show(f"{' '.join(as_words({name: vars(args)[name]}))}, was {was}")
     if "optimizer" in changed:
