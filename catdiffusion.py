@@ -19,11 +19,11 @@ The file has four parts. Parts 1 and 2 are the lesson; you may stop reading wher
     3  The program         Pictures. Train. Sample. Command line.
     4  The machine room    TPU, GPU, CPU, many at once. Files. The paper's own networks. Sheets.
 
-Notation: the paper's, but its σ_t is the spread of one reverse step, and it counts t from 1 to T,
-the code from 0 to T-1.
+The notation is the paper's, with two changes: our t starts at 0 and not at 1, and our σ_t is
+noise/signal (the paper's is the spread of one reverse step).
 
-    x0           x₀          a clean picture, (B, 3, H, W), values in [-1, 1]; at t = 0 the x_t has
-                             a little noise already, x0 has none
+    x0           x₀          a clean picture, (B, 3, H, W), values in [-1, 1]; x_t at t = 0 has a
+                             little noise already, x0 has none
     x0_hat       x̂₀          an estimate of it
     eps          ε           Gaussian noise, mean 0, variance 1, shaped like x0
     t            t           the noise level, (B,), integers: 0 is almost clean, T-1 = 999 is noise
@@ -70,29 +70,29 @@ TIMESTEPS = 1000  # T, how many noise levels there are
 # Going from picture to noise needs no learning. One step of it is
 # x_t = √(1−β_t)·x_{t−1} + √β_t·ε  (Eq. 2): the picture shrinks a little, and a little noise is
 # added. The shrinking keeps the variance from growing beyond 1. Sums of Gaussians are Gaussian, so
-# many steps are one jump:  x_t = √ᾱ_t·x₀ + √(1−ᾱ_t)·ε  (Eq. 4). At five levels of the paper's
-# schedule (the squares of the two rates sum to 1):
+# many steps are one jump:  x_t = √ᾱ_t·x₀ + √(1−ᾱ_t)·ε  (Eq. 4). How β_t grows with t is called the
+# schedule. With the paper's, the two factors (their squares sum to 1) are, at five levels:
 #
 #     t                       0       250     500     750     999
 #     signal_rate √ᾱ_t        1.000   0.722   0.279   0.057   0.006
 #     noise_rate √(1−ᾱ_t)     0.010   0.692   0.960   0.998   1.000
 #
-# Pictures have values from -1 to 1: centred at 0, as the noise is, and of about its size. From 0 to
-# 1 their contrast would be half as large, and each level would drown more than was intended.
+# Pictures have values from -1 to 1: centred at 0, as the noise is, and of similar size. From 0 to 1
+# their contrast would be half as large, and each level would drown more than was intended.
 #
-# We know how x_t follows from x_{t−1}. We want the reverse. Bayes' rule gives it, but it needs the
-# distribution of all pictures. For one known x₀ there is a formula, `q_posterior` below (q is the
-# paper's letter for noising). We do not know x₀, but the network predicts the noise, and by Eq. 4
-# that gives an estimate of the picture.
+# We know how x_t follows from x_{t−1}. We want the reverse. From x_t alone, Bayes' rule needs the
+# distribution of all pictures. If we also know x₀, there is a formula, `q_posterior` below (q is
+# the paper's letter for noising). We do not know x₀, but the network predicts the noise, and by Eq.
+# 4 that gives an estimate of the picture.
 #
 # One pixel in numbers, at t = 500:  x₀ = 0.8 and ε = -1.2 give
 # x_t = 0.2789·0.8 + 0.9603·(-1.2) = -0.9292. If we know ε, we can recover x₀:
 # (-0.9292 + 0.9603·1.2) / 0.2789 = 0.8. If we know x₀, we can take one step back, to t = 499: there
 # the formula gives mean 0.00306·0.8 + 0.99410·(-0.92924) = -0.9213, standard deviation 0.1003.
 #
-# The network is trained on squared error, which is smallest at the mean. So its estimate x̂₀ is the
-# mean of all pictures that x_t could have come from: sharp when there is little noise, a blur when
-# there is much. That is why one guess is not enough, and we go in many steps.
+# The network is trained on squared error, and the best answer to that is a mean. So its estimate
+# x̂₀ is the mean of all pictures that x_t could have come from: sharp when there is little noise, a
+# blur when there is much. That is why one guess is not enough, and we go in many steps.
 
 
 def linear_schedule(timesteps=TIMESTEPS):
@@ -136,8 +136,8 @@ class Noise:
             mean = √ᾱ'·β/(1−ᾱ)·x₀ + √(1−β)·(1−ᾱ')/(1−ᾱ)·x_t,    variance = β·(1−ᾱ')/(1−ᾱ)
 
         ᾱ' is ᾱ at t_next. β = 1 − ᾱ/ᾱ' is the variance of the noise added between the two levels:
-        in the paper t_next is t − 1, and this is β_t. The mean is mostly x_t if the step is small.
-        Why these weights? By x₀ the picture at t_next is √ᾱ'·x₀, with variance 1−ᾱ'. By x_t it is
+        in the paper t_next is t − 1, and this is β_t. The mean is mostly x_t, but for the last few
+        steps. Why these weights? x₀ alone predicts √ᾱ'·x₀, with variance 1−ᾱ'. x_t alone predicts
         x_t/√(1−β), with variance β/(1−β). The mean averages both, weighted by 1/variance.
         """
         abar = at(self.alphas_cumprod, t)
@@ -157,17 +157,8 @@ class Noise:
 #
 # Why is the noise the target, when we want the picture? By Eq. 4, either one gives the other. If
 # the picture is wrong by d, then the noise is wrong by d·√ᾱ_t/√(1−ᾱ_t). So the squared error of the
-# noise is that of the picture times ᾱ_t/(1−ᾱ_t), which is 9999 at t = 0 and 0.084 at t = 500. Next
-# to a loss on x₀, this one stresses low noise. It gave the paper its best pictures.
-#
-# The loss falls quickly at first, and then it looks flat for hours while the pictures get better.
-# For even a perfect network has a loss, as one x_t can come from several pictures. The smallest
-# example needs no network: two pictures of one pixel, +1 with chance 3/4 and -1 with chance 1/4. By
-# Eq. 4 they lead to x_t with likelihoods proportional to exp(−(x_t ∓ √ᾱ)²/(2(1−ᾱ))). The squares
-# are the same for both; what remains is e^a and e^−a, a = x_t·√ᾱ/(1−ᾱ). So the weighted mean is
-# x̂₀ = (3e^a − e^−a) / (3e^a + e^−a) = tanh(a + ½·ln 3). The best possible loss on ε is then 0.04
-# at t = 100, 0.38 at t = 250 and 0.06 at t = 500. (At low noise the picture gives the noise away.
-# At high noise x_t is nearly the noise itself. In between it is hard.)
+# noise is that of the picture times ᾱ_t/(1−ᾱ_t), which is 9999 at t = 0 and 0.084 at t = 500.
+# Compared with a loss on x₀, this one stresses low noise. It gave the paper its best pictures.
 
 
 class Diffusion(Noise):
@@ -213,22 +204,36 @@ def train_step(model, diffusion, optimizer, batch, accum=1):
     return total
 
 
+# The loss falls quickly at first, and then it looks flat for hours while the pictures get better.
+# Even a perfect network keeps a loss, as one x_t can come from several pictures. The smallest
+# example needs no network: two pictures of one pixel, +1 with chance 3/4 and -1 with chance 1/4. By
+# Eq. 4 they lead to x_t with likelihoods proportional to exp(−(x_t ∓ √ᾱ)²/(2(1−ᾱ))). Multiply the
+# square out: x_t² and ᾱ are the same for both and cancel. There remain e^a and e^−a, with
+# a = x_t·√ᾱ/(1−ᾱ). So the weighted mean is
+#
+#     x̂₀ = (3e^a − e^−a) / (3e^a + e^−a) = tanh(a + ½·ln 3)
+#
+# and the best possible loss on ε is 0.04 at t = 100, 0.38 at t = 250, 0.06 at t = 500. (At low
+# noise the picture gives the noise away. At high noise x_t is nearly the noise. In between it is
+# hard.)
+
+
 # ---- Sampling ----------------------------------------------------------------------------------
 # Now backwards, from noise to cat. At each step the network looks at x_t and says which clean
 # picture x̂₀ it sees in there; early on that is a grey blur, the mean of all cats. We do not jump
 # there. We go to the next lower noise level and look again: what noise is left favours some cats
 # over others, and the estimate grows sharper.
 #
-# The step treats x̂₀ as the truth and picks at random from the Gaussian of Eq. 6 and 7. May it,
-# when x̂₀ is only an average? Each possible x₀ has its own Gaussian. In Eq. 7 its centre is a
-# number times x₀, plus what does not depend on x₀; so the average centre is the centre at x̂₀. In a
-# small step all these centres lie close together, and one Gaussian is enough: hence a thousand
-# steps. The centre alone has too little noise for the next level: fresh noise fills it up, or
+# The step treats x̂₀ as the truth and picks at random from the Gaussian of Eq. 6 and 7. Is that
+# allowed, if x̂₀ is only an average? Each possible x₀ has its own Gaussian. In Eq. 7 its mean is a
+# number times x₀, plus what does not depend on x₀. So the average of these means is the mean at
+# x̂₀. In a small step they all lie close together, and one Gaussian is enough: hence a thousand
+# steps. The mean alone has too little noise for the next level: fresh noise fills it up, or
 # pictures come out smooth.
 #
 # The paper writes the same step with the predicted ε. Put Eq. 15 into Eq. 7, and you get the
 # update in its Algorithm 2. We go through x̂₀ because it can be clipped: at t = 999 an error of
-# 0.01 in ε is one of 1.6 in the picture, and unclipped errors pile up to glaring colours.
+# 0.01 in ε becomes 1.6 in the picture, and unclipped errors pile up to glaring colours.
 #
 # The paper tried two variances: that of Eq. 7, and β_t, which is a little larger. In a thousand
 # steps it makes no difference. In few steps β leaves too much noise, so we use Eq. 7.
@@ -300,7 +305,9 @@ def norm(channels):
     At most 32 groups, as in the paper, and of at least 4 channels: a group of one would lose the
     mean of its map, and with it the brightness.
     """
-    groups = next(g for g in range(min(32, channels // 4), 0, -1) if channels % g == 0)
+    groups = min(32, channels // 4)
+    while channels % groups:
+        groups -= 1
     return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
@@ -434,7 +441,8 @@ class UNet(nn.Module):
 #
 #     diffusion = Diffusion(linear_schedule()).to("cpu")  # and to float32
 #     model = UNet(64, 32, (1, 2, 4, 4), 1, (16,))
-#     ema, optimizer = EMA(model, 0.9999), torch.optim.Adam(model.parameters(), 2e-4)
+#     ema = EMA(model, 0.9999)
+#     optimizer = torch.optim.Adam(model.parameters(), 2e-4)
 #     for n in range(800_000):
 #         batch = x0, torch.randint(1000, (len(x0),)), torch.randn_like(x0)  # x0: some pictures
 #         train_step(model, diffusion, optimizer, batch)
@@ -461,10 +469,11 @@ class EMA:
 
 # ==== PART 2: SINCE THE PAPER ===================================================================
 
-# Five departures; each ends with a measurement and the way back. The measurement is the squared
-# error of x̂₀ on held-out drawn cats after 500 training steps, with all five departures or without
-# this one (one seed; 0.217 is the error of one even grey). Samplers are judged otherwise. We
-# compare at equal σ, as the same t means different noise in each schedule.
+# Five departures; each ends with a measurement and the option that goes back. Samplers are judged
+# by eye. For the other four, the measurement is the squared error of x̂₀ on drawn cats that were
+# not learned, after 500 training steps, with all four or without this one (one seed; a plain grey
+# picture scores 0.217). We compare at equal σ, as the same t means different noise in each
+# schedule.
 
 # ---- A gentler schedule ------------------------------------------------------------------------
 # The paper's schedule leaves ᾱ = 0.003 at t = 750. In a small picture only the overall brightness
@@ -477,7 +486,8 @@ def cosine_schedule(timesteps=TIMESTEPS):
     """β_t for each level, (T,): ᾱ is a cos² (Nichol & Dhariwal 2021, arXiv:2102.09672, Eq. 17)."""
     u = torch.arange(timesteps + 1, dtype=torch.float64) / timesteps
     cos2 = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2  # ᾱ, but for a factor
-    return (1 - cos2[1:] / cos2[:-1]).clamp(max=0.999)  # the last would be 1, and ᾱ 0
+    betas = 1 - cos2[1:] / cos2[:-1]
+    return betas.clamp(max=0.999)  # the last would be 1, and ᾱ 0
 
 
 SCHEDULES = {"cosine": cosine_schedule, "linear": linear_schedule}
@@ -513,11 +523,11 @@ PREDICTIONS = {"v": VDiffusion, "eps": Diffusion}
 
 # ---- Which noise levels to learn ---------------------------------------------------------------
 # The paper learns all levels equally often. But at low noise the task is easy, and at high noise
-# there is little to see. So we take three quarters of the t mostly from the middle, where the
-# shape of the cat is decided, with probability proportional to sin(πt/T) (the idea is that of
-# Esser et al. 2024, arXiv:2403.03206, with another curve). One quarter stays uniform, for grain
-# and colours. Error at σ = 1: 0.0112, with uniform t 0.0136. At σ = 0.1 it is worse: 0.0013
-# against 0.0011. Back to the paper: `train --levels uniform`.
+# there is little to see. So we draw only a quarter of the t uniformly, for grain and colours, and
+# the rest with probability proportional to sin(πt/T): mostly from the middle, where the shape of
+# the cat is decided (the idea is that of Esser et al. 2024, arXiv:2403.03206, with another curve).
+# Error at σ = 1: 0.0112, with uniform t 0.0136. At σ = 0.1 it is worse: 0.0013 against 0.0011. Back
+# to the paper: `train --levels uniform`.
 
 
 def uniform_levels(u, timesteps=TIMESTEPS):
@@ -540,11 +550,11 @@ LEVELS = {"middle": middle_levels, "uniform": uniform_levels}
 # ---- Fewer steps -------------------------------------------------------------------------------
 # A thousand network calls make one picture. 25 are enough, if three things are chosen better.
 # First, the levels to stop at. Most programs take every 40th t. Our first is T-1, where all is
-# noise. The others lie on a grid that is even in log σ: each step divides σ by the same factor
-# (compare Karras et al. 2022, arXiv:2206.00364). The grid goes from 200, where not even the average
-# brightness is visible, to 0.01; T-1 takes the place of its first point.
+# noise. The others lie on a grid that is even in log σ: from the second on, each step divides σ by
+# the same factor (compare Karras et al. 2022, arXiv:2206.00364). The grid goes from 200, where not
+# even the average brightness is visible, to 0.01; T-1 takes the place of its first point.
 #
-# The other two are switches, and each sampler is one setting of both:
+# The other two are switches. Four samplers are the four settings; our default lies between two:
 #
 #                           the latest estimate    extrapolated from the last two
 #     no fresh noise        ddim                   dpm      (DPM-Solver++ 2M)
@@ -560,15 +570,20 @@ LEVELS = {"middle": middle_levels, "uniform": uniform_levels}
 # its value at the start lags behind. Plotted against log σ, x̂₀ moves on nearly a straight line.
 # We extend the line through the last two estimates to the middle of the step.
 #
-# Same weights, 25 calls, 96 pictures each, judged blind by eye, twice. With a fault that a child
-# would point at: `dpm` 15 and 12, `dpm-sde` 20 and 8, `dpm-mix` 17 and 11. Believable without
-# reserve: 23 and 24, 39 and 37, 38 and 34. Contrast of 160 pictures, the data's being 1: 1.00, 0.91
-# and 0.97. So `dpm-mix` is as believable as `dpm-sde`, with nearly all of the contrast. Back to the
-# paper: `sample --sampler ddpm`.
+# Same weights, 25 calls, 96 pictures each, judged blind by eye, twice (contrast: 160 pictures, the
+# data's being 1):
+#
+#                 a fault that a child would see    believable without reserve    contrast
+#     dpm         15, 12                            23, 24                        1.00
+#     dpm-sde     20, 8                             39, 37                        0.91
+#     dpm-mix     17, 11                            38, 34                        0.97
+#
+# The faults do not separate them. `dpm-mix` is as believable as `dpm-sde`, with nearly all of the
+# contrast. Back to the paper: `sample --sampler ddpm`.
 
 
-# All steps take the same arguments, so that they fit one table. `denoise(x_t, t)` calls the network
-# once more: for samplers that look twice, such as Heun's.
+# All steps take the same arguments, so that they fit one table. `denoise(x_t, t)` calls the
+# network: ours need no second call, but Heun's sampler does (an exercise in README.md).
 
 
 def ddpm_step(diffusion, x0_hat, x_t, t, t_next, fresh_noise, denoise):
@@ -648,13 +663,13 @@ def sample_at(levels, model, diffusion, sampler, x_t, fresh_noise, *cond):
 
 # ---- An optimizer for matrices -----------------------------------------------------------------
 # Adam gives each weight a step of its own size. But a layer is a matrix, and so is its gradient.
-# Any matrix is a rotation, then a stretch along each axis, then another rotation; the stretches
-# are its singular values. In a gradient a few are large and most are small, so Adam learns mostly
-# in a few directions. Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) keeps the
-# rotations and makes every stretch about 1: all directions are learned at the same speed. The
-# last layer, biases and norms stay with Adam, as its author advises. Error at σ = 1: 0.0112, with
-# Adam 0.0295. Back to the paper: `train --optimizer adam` (it takes the paper's learning rate,
-# too).
+# Any matrix is a rotation, then a stretch along each axis, then another rotation; the stretches are
+# its singular values. In a gradient a few are large and most are small, so Adam learns mostly in a
+# few directions. Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) keeps the rotations
+# and makes every stretch about 1: all directions are learned at the same speed. The last layer,
+# biases and norms stay with Adam (Jordan leaves the first layer to Adam, too). Error at σ = 1:
+# 0.0112, with Adam 0.0295. Back to the paper: `train --optimizer adam` (it takes the paper's
+# learning rate, too).
 
 
 class Muon(torch.optim.Adam):
@@ -675,8 +690,8 @@ class Muon(torch.optim.Adam):
         before = [p.clone() for p in self.matrices]
         super().step()  # moves the matrices, too: we put them back, and take our own step
         for p, old in zip(self.matrices, before):
-            gradient = p.grad.lerp(self.state[p]["exp_avg"], 0.95)  # mostly the mean of the last 20
-            direction = orthogonal(gradient.flatten(1))
+            mean = self.state[p]["exp_avg"]  # Adam's, of the last 20 gradients or so
+            direction = orthogonal(p.grad.lerp(mean, 0.95).flatten(1))  # mostly the mean
             scale = 0.2 * max(direction.shape) ** 0.5  # makes a step about as long as Adam's
             p.copy_(old - self.param_groups[0]["lr"] * scale * direction.view_as(p))
 
