@@ -738,14 +738,16 @@ def load_pictures(folders, size, run):
         cats = (draw_cat(random.Random(i), size) for i in range(2000))
         return torch.stack([TF.pil_to_tensor(cat) for cat in cats])
     paths = find_pictures(folders)
-    times = [(f"{path}", time_of(path), time_of(Path(f"{path}.cat"))) for path in paths]
+    files = [Path(f"{path}{end}") for path in paths for end in ("", ".cat")]
+    stats = [(f"{f}", f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.exists()]
     # The file's name changes with all that its content depends on, the code that reads included.
     code = inspect.getsource(read_picture), inspect.getsource(as_seen)
-    cache = Path(run, f"pictures-{hash_of(times, size, COLOURS, code):08x}.u8")
+    cache = Path(run, f"pictures-{hash_of(stats, size, COLOURS, code):08x}.u8")
     if RANK == 0 and not cache.exists():  # one process decodes for all,
-        for old in Path(run).glob("pictures-*"):
-            old.unlink()
-        decoded = decode_pictures(paths, size, Path(run, "pictures-skipped.txt"))
+        listing = Path(run, "skipped.txt")
+        for old in [listing, *Path(run).glob("pictures-*.u8*")]:
+            old.unlink(missing_ok=True)
+        decoded = decode_pictures(paths, size, listing)
         write_whole(cache, (picture.contiguous().numpy() for picture in decoded))
     while not cache.exists():  # and the others wait
         time.sleep(1)
@@ -789,8 +791,8 @@ def decode_pictures(paths, size, listing):
             jobs = [pool.submit(read_picture, path, size) for path in some]
             for path, job in zip(some, jobs):
                 error = job.exception()  # a damaged file can make a decoder raise anything
-                if getattr(error, "errno", None):
-                    raise OSError(f"{path}: {error}")  # the drive's fault, not the picture's
+                if getattr(error, "errno", None) not in (None, 22):  # 22: it points nowhere
+                    raise Failure(f"{path}: {error}")  # the drive's fault, not the picture's
                 if error:
                     skipped.append(f"{path}: {error!r}")
                 else:
@@ -972,10 +974,6 @@ class State:
 
     def __init__(self, args, device):
         self.path = Path(args.run, "checkpoint.pt")
-        self.owner = self.path.with_name("owner.txt")  # says whose run it is
-        self.me = f"process {os.getpid()}, begun {time.ctime()}"
-        if RANK == 0:
-            self.owner.write_text(self.me)
         resumed = self.path.exists()
         self.model, self.diffusion = build(args, device)
         if args.init and not resumed:
@@ -989,6 +987,7 @@ class State:
         self.log = []  # a dict for each record
         self.losses = []  # since the last record; NaN if the step was skipped
         self.kept = 0  # the step that the checkpoint has
+        self.end = b""  # how it ends
         self.since = self.next_line = time.perf_counter()
         self.next_record = self.since + 10
         if resumed:
@@ -1000,15 +999,16 @@ class State:
         data |= {name: part.state_dict() for name, part in self.parts.items()}
         buffer = io.BytesIO()  # torch, writing to a full disk itself, may end the whole process
         torch.save(data, buffer)
-        # Unless another training has begun here since:
-        ours = self.owner.exists() and self.owner.read_text() == self.me
+        ours = end_of(self.path) in (self.end, b"")  # else another training has been here
         path = self.path if ours else self.path.with_name(f"checkpoint-{os.getpid()}.pt")
         write_whole(path, [buffer.getbuffer()], f"step {self.kept} is safe")
-        require(ours, f"another training has taken {args.run}; this one is saved in {path}")
+        require(ours, f"another training writes to {args.run}; this one is saved in {path}")
         self.kept = self.step
+        self.end = end_of(path)
 
     def load(self):
         """Read it back. Raises Failure if the file is damaged."""
+        self.end = end_of(self.path)
         with open_checkpoint(self.path) as saved:
             # Adam's averages are those of the run; whether it is fused depends on this device.
             saved["optimizer"]["param_groups"] = self.optimizer.state_dict()["param_groups"]
@@ -1056,6 +1056,7 @@ def preview(state, args, pictures):
     model, diffusion = state.ema.model, state.diffusion
     try:
         *_, (_, _, x0_hat) = sample(model, diffusion, 16)
+        (folder / "previews").mkdir(exist_ok=True)
         make_sheet(x0_hat).save(folder / "previews" / f"{state.step:06}.png")
         (folder / "log.jsonl").write_text("\n".join(map(json.dumps, state.log)))
         x0 = as_floats(pictures[:1]).to(x0_hat.device)
@@ -1093,8 +1094,8 @@ def loss_curve(log):
 
 
 # ---- Sample ------------------------------------------------------------------------------------
-# The other command. The checkpoint knows its network, so nothing has to be said twice. Each PNG
-# says in its text how it was made.
+# The other command. The checkpoint knows its network, so nothing has to be said twice. Each file
+# that it writes says in its text how it was made.
 
 
 @torch.no_grad()
@@ -1199,7 +1200,7 @@ def most_like_cats(made, n):
 def beside_nearest(x, paths, listing):
     """A sheet of pairs: each picture of x (M, 3, H, W), and the nearest of those in the files.
 
-    The distance is Euclid's, over all pixels. listing: for unreadable files.
+    The distance is Euclid's, over all pixels. listing: for damaged files.
     """
     pictures = torch.stack(list(decode_pictures(paths, x.shape[-1], listing)))
     parts = [torch.cdist(x.flatten(1), as_floats(p).flatten(1)) for p in pictures.split(500)]
@@ -1260,7 +1261,7 @@ def parser():
     # the run
     add("--data", type=a_folder, nargs="+", action="extend", help="folders; None: drawn cats")
     add("--run", help="folder for checkpoint and previews; None: run, or run-drawn without --data")
-    add("--init", type=os.path.normpath, help="checkpoint to start from; None: from random weights")
+    add("--init", help="checkpoint to start from; None: from random weights")
     add("--steps", type=within(1), help="of training; None: 50000, drawn cats 2000")
     add("--every", type=within(0.0), default=5.0, help="minutes from preview to preview")
     add("--device", default="auto", help="tpu, cuda, mps, xpu or cpu; auto takes the best there is")
@@ -1382,7 +1383,7 @@ def main(argv=None):
         elif not isinstance(e, (Failure, OSError)):  # OSError: the disk is full, ...
             raise  # a bug
     message = " ".join(message.split())[:400]
-    print(f"catdiffusion: {message:66}", file=sys.stderr)  # over a passing line
+    print(f"catdiffusion: {message:65}", file=sys.stderr)  # over a passing line
     return code
 
 
@@ -1539,7 +1540,7 @@ def out_of_memory(error):
 
 @contextlib.contextmanager
 def stop_requests():
-    """Inside, Ctrl-C, SIGTERM and a closed terminal do not kill, but a second Ctrl-C does.
+    """Inside, Ctrl-C, SIGTERM and a closed terminal do not kill. A second Ctrl-C does.
 
     Yields asked(): whether one of them came, in any process; there all wait for each other.
     """
@@ -1547,7 +1548,7 @@ def stop_requests():
 
     def note(number, frame):
         if number == signal.SIGINT and number in received and WORLD_SIZE == 1:
-            raise KeyboardInterrupt  # (torchrun sends the first one twice)
+            raise KeyboardInterrupt  # (torchrun sends even the first one twice)
         received.append(number)
 
     def asked():
@@ -1571,12 +1572,16 @@ def stop_requests():
 # only (weights_only), so a checkpoint from a stranger cannot run code.
 
 
-def time_of(path):
-    """When a file was written, in nanoseconds; 0 if it does not exist."""
-    return path.stat().st_mtime_ns if path.exists() else 0
+def end_of(path):
+    """The last bytes of a file, in a checkpoint its checksums; none if there is no file."""
+    if not path.exists():
+        return b""
+    with open(path, "rb") as file:
+        file.seek(-min(4000, path.stat().st_size), os.SEEK_END)
+        return file.read()
 
 
-def write_whole(path, parts, safe="what was there before is whole"):
+def write_whole(path, parts, safe="nothing else is lost"):
     """Write bytes to a file; it takes its name only when it is whole and on the disk.
 
     If it fails, OSError names the file and says what is `safe`.
@@ -1617,11 +1622,12 @@ def save_new(image, path, about, **how):
 @contextlib.contextmanager
 def open_checkpoint(path):
     """Yield what State.save wrote, on the CPU. What fails in the `with` block is a Failure, too."""
-    inside = Path(path, "checkpoint.pt")
-    path = inside if inside.exists() else Path(path)
-    require(path.exists(), f"{path}: no such checkpoint; make one: python catdiffusion.py train")
+    files = Path(path, "checkpoint.pt"), Path(path, "config.json"), Path(path)
+    file = next((file for file in files if file.is_file()), None)
+    require(file, f"{path}: no checkpoint; make one: python catdiffusion.py train")
+    theirs = file.name == "config.json"
     try:
-        yield read_folder(path) if path.is_dir() else torch.load(path, "cpu", weights_only=True)
+        yield read_folder(file.parent) if theirs else torch.load(file, "cpu", weights_only=True)
     except Exception as e:  # a damaged file can raise anything
         if isinstance(e, (Failure, OSError)) or out_of_memory(e):
             raise
