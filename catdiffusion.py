@@ -82,8 +82,8 @@ TIMESTEPS = 1000  # T, how many noise levels there are
 #
 # We know how x_t follows from x_{t−1}. We want the reverse. From x_t alone, Bayes' rule needs the
 # distribution of all pictures. If we also know x₀, there is a formula, `q_posterior` below (q is
-# the paper's letter for noising). We do not know x₀, but the network predicts the noise, and by Eq.
-# 4 that gives an estimate of the picture.
+# the paper's letter for noising). We do not know x₀, but the network predicts the noise, and that
+# gives an estimate of the picture, by Eq. 4.
 #
 # One pixel in numbers, at t = 500:  x₀ = 0.8 and ε = -1.2 give
 # x_t = 0.2789·0.8 + 0.9603·(-1.2) = -0.9292. If we know ε, we can recover x₀:
@@ -327,7 +327,8 @@ class Attention(nn.Module):
 
     def forward(self, x):  # (B, C, H, W) -> the same
         y = self.norm(x).flatten(2).transpose(1, 2)  # (B, HW, C): pixels as a list
-        scores = self.q(y) @ self.k(y).transpose(1, 2) / x.shape[1] ** 0.5  # who looks at whom
+        scores = self.q(y) @ self.k(y).transpose(1, 2)  # who looks at whom
+        scores = scores / x.shape[1] ** 0.5  # else they would grow with the number of channels
         y = self.out(scores.softmax(-1) @ self.v(y))  # each pixel gets a mixture of all values
         return x + y.transpose(1, 2).reshape(x.shape)
 
@@ -436,20 +437,6 @@ class UNet(nn.Module):
 # that is mostly the random start: sampling from such an average gives noise, which looks like a
 # bug in the sampler. So the memory of ours grows with the run: after n steps it is n/19 steps
 # long. Only runs of 190,000 steps and more reach the 10,000.
-#
-# All of part 1 together:
-#
-#     diffusion = Diffusion(linear_schedule()).to("cpu")  # and to float32
-#     model = UNet(64, 32, (1, 2, 4, 4), 1, (16,))
-#     ema = EMA(model, 0.9999)
-#     optimizer = torch.optim.Adam(model.parameters(), 2e-4)
-#     for n in range(800_000):
-#         batch = x0, torch.randint(1000, (len(x0),)), torch.randn_like(x0)  # x0: some pictures
-#         train_step(model, diffusion, optimizer, batch)
-#         ema.update(model, n)
-#     noise = lambda: torch.randn(8, 3, 64, 64)
-#     for t, x_t, x0_hat in ddpm_sample(ema.model, diffusion, noise(), noise):
-#         pass  # the last x0_hat is eight new cats
 
 
 class EMA:
@@ -465,6 +452,21 @@ class EMA:
         share = torch.tensor(1 - decay).to(next(model.parameters()).device)  # see part 4
         for mean, new in zip(self.model.parameters(), model.parameters()):
             mean.lerp_(new.detach(), share)
+
+
+# All of part 1 together:
+#
+#     diffusion = Diffusion(linear_schedule()).to("cpu")  # and to float32
+#     model = UNet(64, 32, (1, 2, 4, 4), 1, (16,))
+#     ema = EMA(model, 0.9999)
+#     optimizer = torch.optim.Adam(model.parameters(), 2e-4)
+#     for n in range(800_000):
+#         batch = x0, torch.randint(1000, (len(x0),)), torch.randn_like(x0)  # x0: some pictures
+#         train_step(model, diffusion, optimizer, batch)
+#         ema.update(model, n)
+#     noise = lambda: torch.randn(8, 3, 64, 64)
+#     for t, x_t, x0_hat in ddpm_sample(ema.model, diffusion, noise(), noise):
+#         pass  # the last x0_hat is eight new cats
 
 
 # ==== PART 2: SINCE THE PAPER ===================================================================
@@ -791,7 +793,7 @@ def decode_pictures(paths, size, listing):
             jobs = [pool.submit(read_picture, path, size) for path in some]
             for path, job in zip(some, jobs):
                 error = job.exception()  # a damaged file can make a decoder raise anything
-                if getattr(error, "errno", None) not in (None, 22):  # 22: it points nowhere
+                if getattr(error, "errno", None) not in (None, 22):  # 22: it reads outside itself
                     raise Failure(f"{path}: {error}")  # the drive's fault, not the picture's
                 if error:
                     skipped.append(f"{path}: {error!r}")
@@ -987,7 +989,7 @@ class State:
         self.log = []  # a dict for each record
         self.losses = []  # since the last record; NaN if the step was skipped
         self.kept = 0  # the step that the checkpoint has
-        self.end = b""  # how it ends
+        self.end = b""  # the checkpoint's last bytes: they tell whether it is still ours
         self.since = self.next_line = time.perf_counter()
         self.next_record = self.since + 10
         if resumed:
@@ -1029,7 +1031,8 @@ class State:
         self.losses = [float(loss) for loss in self.losses]
         count = len(self.losses)
         skipped = sum(map(math.isnan, self.losses))
-        require(skipped < max(count, 50), f"{count} steps in a row not finite: take a smaller --lr")
+        stuck = count >= 50 and skipped == count
+        require(not stuck, f"{count} steps in a row not finite: take a smaller --lr")
         mean_loss = torch.tensor(self.losses).nanmean().item()
         speed = count / (now - self.since)
         left = (args.steps - self.step) / speed / 60
@@ -1089,6 +1092,7 @@ def loss_curve(log):
     pen = ImageDraw.Draw(image)
     for loss in (1, 0.3, 0.1, 0.03, 0.01):
         pen.text((2, 14 - 180 * math.log10(loss)), f"{loss}", "black")
+    pen.text((540, 380), f"step {log[-1]['step']}", "black")  # at the right edge
     pen.line(list(zip(xs, ys)), "black", 2)
     return image
 
@@ -1247,7 +1251,7 @@ def within(least, most=math.inf):
 def a_folder(text):
     """A type for argparse: a folder that exists."""
     path = Path(text).expanduser()
-    require(text and path.is_dir(), f"no folder {quoted(path)}; name the one with the pictures")
+    require(text and path.is_dir(), f'no folder "{text}"; name the one with the pictures')
     return str(path)
 
 
@@ -1326,11 +1330,11 @@ def settings(*words, **given):
     if start:
         with open_checkpoint(start) as checkpoint:
             saved = {k: value for k, value in checkpoint["settings"].items() if k in names}
-    kept = saved | {"data": None} if typed.data else saved  # else the folders would add up
-    args = parser().parse_args(["train", *as_words(kept), *words, "--run", run])
+    earlier = saved | {"data": None} if typed.data else saved  # folders would add up
+    args = parser().parse_args(["train", *as_words(earlier), *words, "--run", run])
     changed = {name: was for name, was in saved.items() if vars(args)[name] != was}
     learned = {name: was for name, was in changed.items() if name in (*LEARNED, "init")}
-    told = " ".join(as_words(learned)) or "no --init"  # for a run begins only once
+    told = " ".join(as_words(learned)) or "no --init"  # the only one that can have been None
     require(not learned, f"{start} has learned with {told}, and that stays")
     for name, was in changed.items():
         show(f"{' '.join(as_words({name: vars(args)[name]}))}, was {was}")
@@ -1609,10 +1613,10 @@ def save_new(image, path, about, **how):
     path = Path(path)
     while path.exists() and Image.open(path).tobytes() != image.tobytes():
         path = path.with_stem(f"{path.stem}-new")
-    about = json.dumps(about)
+    words = json.dumps(about)
     text = PngImagePlugin.PngInfo()  # PNG's place for words; a GIF has a comment
-    text.add_text("catdiffusion", about)
-    comment = f"catdiffusion {about}".encode()
+    text.add_text("catdiffusion", words)
+    comment = f"catdiffusion {words}".encode()
     buffer = io.BytesIO()
     image.save(buffer, path.suffix[1:], pnginfo=text, comment=comment, **how)
     write_whole(path, [buffer.getbuffer()])
