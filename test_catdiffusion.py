@@ -98,7 +98,7 @@ def test_ddim_is_of_first_order_and_extrapolating_of_second():
     assert error("dpm", 40) < 0.3 * error("dpm", 20)  # twice the calls, a quarter of the error
 
 
-@pytest.mark.parametrize("sampler, calls", [("dpm-mix", 15), ("ddim", 2), ("ddpm", 6)])
+@pytest.mark.parametrize("sampler, calls", [("dpm-sde", 15), ("ddim", 2), ("ddpm", 6)])
 def test_samplers_make_the_calls_asked_for_and_picture_i_is_always_the_same(sampler, calls):
     def made(n, seed, first=0):
         seen = list(cd.sample(model, V, n, sampler, calls, seed, first))
@@ -113,13 +113,16 @@ def test_samplers_make_the_calls_asked_for_and_picture_i_is_always_the_same(samp
         assert (other - whole).abs().mean() > 0.03
 
 
-def test_the_default_adds_noise_in_the_middle_only():
-    x0_hat, x_t = torch.randn(2, 1, 1, 4, 4).double()
-    for sigma in (6, 4, 0.6, 0.4):
-        step = cd.ddpm_step if 0.5 < sigma < 5 else cd.ddim_step
-        t = (COSINE.sigma - sigma).abs().argmin()[None]
-        how = COSINE, x0_hat, x_t, t, t - 9, partial(torch.ones_like, x_t), None
-        torch.testing.assert_close(cd.mixed_step(*how), step(*how))
+def test_guidance_leads_away_from_the_early_network_where_the_face_is_decided():
+    model, early = small_unet().eval(), small_unet().eval()
+    guided = cd.Guided(model, early, V, 3.0)
+    x_t = torch.randn(4, 3, 16, 16)
+    t = torch.stack([(V.sigma - sigma).abs().argmin() for sigma in (6.0, 4.0, 0.6, 0.4)])
+    now, before, got = (V.to_x0(network(x_t, t), x_t, t) for network in (model, early, guided))
+    torch.testing.assert_close(got[1:3], before[1:3] + 3 * (now - before)[1:3])
+    torch.testing.assert_close(got[::3], now[::3])
+    guided.early = None  # not called where it does not count
+    torch.testing.assert_close(guided(x_t[::3], t[::3]), model(x_t[::3], t[::3]))
 
 
 # ---- Formulas -----------------------------------------------------------------------------------
@@ -420,9 +423,9 @@ def test_resumed_is_bit_for_bit_the_run_that_was_not_and_follows_one_rule(capsys
     whole, parts = load("whole/checkpoint.pt"), load("r/checkpoint.pt")
     assert whole["step"] == parts["step"] == 7
     whole["state"], parts["state"] = whole["optimizer"]["state"], parts["optimizer"]["state"]
-    for name in ("model", "ema", "state"):
+    for name in ("model", "ema", "early", "state"):
         torch.testing.assert_close(whole[name], parts[name], rtol=0, atol=0)
-    averaged = cd.load_checkpoint("r/checkpoint.pt")[0].conv_in.weight
+    averaged = cd.load_checkpoint("r/checkpoint.pt")[0].model.conv_in.weight
     assert not torch.equal(averaged, whole["model"]["conv_in.weight"])
     assert run("train", "--run", "r", "--steps", 8, "--batch", 8, "--optimizer", "adam") == 0
     told = capsys.readouterr().out
@@ -430,6 +433,18 @@ def test_resumed_is_bit_for_bit_the_run_that_was_not_and_follows_one_rule(capsys
     assert load("r/checkpoint.pt")["settings"]["lr"] == 2e-4  # the rate goes with the optimizer
     assert run("train", "--run", "r", "--channels", 16, "--mults", 1) == 2
     assert "has learned with --channels 8 --mults 1 2" in capsys.readouterr().err
+
+
+def test_early_weights_are_the_average_after_a_thousand_steps():
+    state = cd.State(cd.settings(*SMALL, run="r", device="cpu"), CPU)
+    state.step = 999
+    del state.parts["early"]  # as an older version saved it
+    state.save(cd.settings(*SMALL, run="r"))
+    pictures = torch.randint(256, (8, 3, 16, 16), dtype=torch.uint8)
+    for steps in (1000, 1001):
+        state = cd.train(cd.settings(run="r", steps=steps), pictures)
+        average, early = (part.conv_in.weight for part in (state.ema.model, state.early))
+        assert torch.equal(average, early) == (steps == 1000)
 
 
 def test_a_run_can_start_from_other_weights_and_keeps_their_network(capsys):
@@ -443,6 +458,7 @@ def test_a_run_can_start_from_other_weights_and_keeps_their_network(capsys):
     model, ema, start = (nn.utils.parameters_to_vector(part.values()) for part in weights)
     assert 0 < (model - start).norm() < 0.01 * start.norm()
     assert (ema - start).norm() < 0.1 * (model - start).norm()  # these are not soon forgotten
+    torch.testing.assert_close(new["early"], old["early"])
     assert run(*words, "--steps", 3) == 0 and load("new/checkpoint.pt")["step"] == 3  # it goes on
     for folder in ("old", "new"):  # a run begins only once
         assert run("train", "--init", "other", "--run", folder) == 2
