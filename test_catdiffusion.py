@@ -233,6 +233,7 @@ def test_levels_average_and_rate_are_as_promised():
     rates = [cd.learning_rate(step, 1000, 0.5) for step in (0, 99, 199, 799, 900, 999)]
     assert rates == pytest.approx([0.0025, 0.25, 0.5, 0.5, 0.25, 0.0025])
     assert cd.learning_rate(7, 40, 0.5) == pytest.approx(0.25)  # a short run warms up in less
+    assert cd.learning_rate(3999, 50_000, 0.5) == pytest.approx(0.25)  # and a long one slows down
 
 
 def test_a_batch_is_a_function_of_seed_and_step_and_half_of_it_is_mirrored():
@@ -425,7 +426,7 @@ def test_resumed_is_bit_for_bit_the_run_that_was_not_and_follows_one_rule(capsys
     whole["state"], parts["state"] = whole["optimizer"]["state"], parts["optimizer"]["state"]
     for name in ("model", "ema", "early", "state"):
         torch.testing.assert_close(whole[name], parts[name], rtol=0, atol=0)
-    averaged = cd.load_checkpoint("r/checkpoint.pt")[0].model.conv_in.weight
+    averaged = cd.load_checkpoint("r/checkpoint.pt")[0].conv_in.weight
     assert not torch.equal(averaged, whole["model"]["conv_in.weight"])
     assert run("train", "--run", "r", "--steps", 8, "--batch", 8, "--optimizer", "adam") == 0
     told = capsys.readouterr().out
@@ -443,7 +444,7 @@ def test_early_weights_are_the_average_after_a_thousand_steps():
     pictures = torch.randint(256, (8, 3, 16, 16), dtype=torch.uint8)
     for steps in (1000, 1001):
         state = cd.train(cd.settings(run="r", steps=steps), pictures)
-        average, early = (part.conv_in.weight for part in (state.ema.model, state.early))
+        average, early = (part.conv_out.weight for part in (state.ema.model, state.early))
         assert torch.equal(average, early) == (steps == 1000)
 
 
@@ -458,7 +459,7 @@ def test_a_run_can_start_from_other_weights_and_keeps_their_network(capsys):
     model, ema, start = (nn.utils.parameters_to_vector(part.values()) for part in weights)
     assert 0 < (model - start).norm() < 0.01 * start.norm()
     assert (ema - start).norm() < 0.1 * (model - start).norm()  # these are not soon forgotten
-    torch.testing.assert_close(new["early"], old["early"])
+    torch.testing.assert_close(new["early"], old["early"], rtol=0, atol=0)
     assert run(*words, "--steps", 3) == 0 and load("new/checkpoint.pt")["step"] == 3  # it goes on
     for folder in ("old", "new"):  # a run begins only once
         assert run("train", "--init", "other", "--run", folder) == 2
@@ -568,11 +569,15 @@ def test_from_python_pictures_are_made_again_and_the_best_are_kept(monkeypatch):
     cd.train(args, pictures=torch.randint(256, (20, 3, 16, 16), dtype=torch.uint8))
     with pytest.raises(cd.Failure, match="16, 16"):
         cd.train(args, pictures=torch.zeros(20, 3, 32, 32).byte())
-    words = "sample", "--steps", 3, "--batch", 5
+    saved = load("run/checkpoint.pt")  # early weights that are very different
+    saved["early"] = {name: 3 * value for name, value in saved["early"].items()}
+    torch.save(saved, "run/checkpoint.pt")
+    words = "sample", "--steps", 5, "--batch", 5, "--guidance", 1.5
     assert run(*words, "-n", 16, "--out", "all/p", "--checkpoint", "run") == 0
     files = sorted(Path("all").glob("p-0-0*.png"))
     made = json.loads(Image.open(files[7]).text["catdiffusion"])
-    model, diffusion, step = cd.load_checkpoint(made["checkpoint"])
+    model, diffusion, step = cd.load_checkpoint(made["checkpoint"], guidance=made["guidance"])
+    torch.testing.assert_close(model.early.conv_in.weight, 3 * model.model.conv_in.weight)
     how = (made[name] for name in ("sampler", "steps", "seed", "number"))
     *_, (_, _, x0_hat) = cd.sample(model, diffusion, 1, *how)
     pairs = zip(cd.to_images(x0_hat)[0].tobytes(), Image.open(files[7]).tobytes())
