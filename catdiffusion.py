@@ -671,8 +671,9 @@ def sample_at(levels, model, diffusion, sampler, x_t, fresh_noise, *cond):
 # arXiv:2404.07724). Above, it would exaggerate the colours; below, we saw no difference. In six of
 # the 25 steps both networks are called, which makes 31 calls.
 #
-# The weights in samples/ (their early ones are from a second run, of 1,166 steps), 192 pictures each,
-# judged as above. Not guided was `dpm` with fresh noise for σ from 5 to 0.5, our default before.
+# The weights in samples/ (their early ones are from a second run, of 1,166 steps), 192 pictures
+# each, judged as above. Not guided was `dpm` with fresh noise for σ from 5 to 0.5, our default
+# before.
 #
 #                   a fault that a child would see    believable without reserve    contrast
 #     not guided    21, 23                            21, 24                        0.96
