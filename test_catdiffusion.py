@@ -234,6 +234,8 @@ def test_levels_average_and_rate_are_as_promised():
     assert rates == pytest.approx([0.0025, 0.25, 0.5, 0.5, 0.25, 0.0025])
     assert cd.learning_rate(7, 40, 0.5) == pytest.approx(0.25)  # a short run warms up in less
     assert cd.learning_rate(3999, 50_000, 0.5) == pytest.approx(0.25)  # and a long one slows down
+    os.mkdir("photos")
+    assert cd.settings(data=["photos"]).lr == 1e-3 and cd.settings().lr == 2e-3
 
 
 def test_a_batch_is_a_function_of_seed_and_step_and_half_of_it_is_mirrored():
