@@ -564,8 +564,8 @@ LEVELS = {"middle": middle_levels, "uniform": uniform_levels}
 #
 # *Fresh noise or none.* DDIM (arXiv:2010.02502) keeps the old noise: only the start is random. Each
 # picture follows one smooth path from noise to cat, and a smooth path can be walked in large steps.
-# Fresh noise covers what an earlier step got wrong, and later steps decide anew; but the
-# pictures come out paler. (The next section mends that.)
+# Fresh noise covers what an earlier step got wrong, and later steps decide anew. But the pictures
+# come out paler. (The next section mends that.)
 #
 # *The latest estimate or an extrapolated one.* x̂₀ changes during a step. A step that uses only
 # its value at the start lags behind. Plotted against log σ, each pixel of x̂₀ moves on nearly a
@@ -662,18 +662,19 @@ def sample_at(levels, model, diffusion, sampler, x_t, fresh_noise, *cond):
 #
 # This is autoguidance (Karras et al. 2024, arXiv:2406.02507). It needs an early network that makes
 # the same mistakes, but larger ones. `train` keeps the averaged weights as they were after a
-# sixteenth of the steps, or after 1,000 if that is later. Weights from before that differ from the
-# present ones in colour, too, and the cats would come out glaring. (So a run of 1,000 steps is not
-# guided. With `--init`, the early weights are those of the first training, and guidance exaggerates
-# what is new, too.)
+# sixteenth of the steps, or after 1,000 if that is later. Even earlier weights differ from the
+# present ones in colour, too: with them, the cats came out glaring. (So a run of at most 1,000
+# steps is not guided. With `--init`, the early weights are those of the first training. Then
+# guidance exaggerates what the new photos have in common, too.)
 #
 # We guide only where the face is decided, for σ from 5 to 0.5 (compare Kynkäänniemi et al. 2024,
-# arXiv:2404.07724). Above, it would exaggerate the colours; below, we saw no difference. In six of
+# arXiv:2404.07724). Above 5 it exaggerates the colours; below 0.5 we saw no difference. In six of
 # the 25 steps both networks are called, which makes 31 calls.
 #
-# The weights in samples/ (their early ones are from a second run, of 1,166 steps), 192 pictures
-# each, judged as above. Not guided was `dpm` with fresh noise for σ from 5 to 0.5. (`dpm-sde` with
-# and without, 128 each, once: faults 6 and 17, believable 53 and 38.)
+# We judged 192 pictures each, as above, with the weights in samples/ (their early ones are from a
+# second run, of 1,166 steps). The unguided sampler was our best before, `dpm` with fresh noise for
+# σ from 5 to 0.5. (Of `dpm-sde` alone, 128 pictures each, one count: without guidance 17 % faults
+# and 38 % believable, with it 6 % and 53 %.)
 #
 #                   a fault that a child would see    believable without reserve    contrast
 #     not guided    21, 23                            21, 24                        0.96
@@ -685,8 +686,8 @@ def sample_at(levels, model, diffusion, sampler, x_t, fresh_noise, *cond):
 class Guided(nn.Module):
     """A network, led away from what it was early in training. Called like a UNet.
 
-    model(x_t, t, *cond) -> early + w·(present − early), all three predictions (Karras et al. 2024,
-    section 4). w is `guidance` for σ from 0.5 to 5. Elsewhere it is 1, and `early` is not called.
+    Its prediction is early + w·(present − early), made of the predictions of both (Karras et al.
+    2024, section 4). w is `guidance` for σ from 0.5 to 5. Elsewhere it is 1: no call of `early`.
     """
 
     def __init__(self, model, early, diffusion, guidance=2.0):
@@ -1197,10 +1198,10 @@ def write_samples(args):
     args.checkpoint = args.checkpoint or str(max(runs, key=os.path.getmtime, default=shipped))
     args.steps = args.steps or SAMPLERS[args.sampler].calls
     device = pick_device(args.device)
-    loaded = load_checkpoint(args.checkpoint, device, args.guidance)
-    model, diffusion, args.trained_steps = loaded
+    model, diffusion, args.trained_steps = load_checkpoint(args.checkpoint, device, args.guidance)
     training = find_pictures([args.nearest]) if args.nearest else None
-    show(f"sampling with {args.checkpoint}, trained for {args.trained_steps} steps")
+    guided = ", guided" if isinstance(model, Guided) else ""  # old checkpoints cannot be
+    show(f"sampling with {args.checkpoint}, trained for {args.trained_steps} steps{guided}")
     if args.out.endswith(("/", os.sep)) or Path(args.out).is_dir():
         args.out = str(Path(args.out, "cat"))
     stem = f"{args.out}-{args.seed}"
