@@ -123,6 +123,7 @@ def test_guidance_leads_away_from_the_early_network_where_the_face_is_decided():
     torch.testing.assert_close(got[::3], now[::3])
     guided.early = None  # not called where it does not count
     torch.testing.assert_close(guided(x_t[::3], t[::3]), model(x_t[::3], t[::3]))
+    assert guided.to("meta").w.is_meta  # all of it moves to another device
 
 
 # ---- Formulas -----------------------------------------------------------------------------------
@@ -234,6 +235,8 @@ def test_levels_average_and_rate_are_as_promised():
     assert rates == pytest.approx([0.0025, 0.25, 0.5, 0.5, 0.25, 0.0025])
     assert cd.learning_rate(7, 40, 0.5) == pytest.approx(0.25)  # a short run warms up in less
     assert cd.learning_rate(3999, 50_000, 0.5) == pytest.approx(0.25)  # and a long one slows down
+    at_the_end = cd.learning_rate(44_999, 50_000, 0.5)  # half of what it would be, at nine tenths
+    assert at_the_end == pytest.approx(0.25 / 45**0.5, rel=1e-3)
     os.mkdir("photos")
     assert cd.settings(data=["photos"]).lr == 1e-3 and cd.settings().lr == 2e-3
 
@@ -592,6 +595,10 @@ def test_from_python_pictures_are_made_again_and_the_best_are_kept(monkeypatch):
     pair = cd.beside_nearest(x0_hat, [file.name for file in files], Path("list.txt"))
     nearest = pair.crop((16, 0, 32, 16))
     assert nearest.tobytes() == Image.open(files[7]).tobytes()
+    del saved["early"]  # as an older version saved it
+    torch.save(saved, "old.pt")
+    assert run(*words, "-n", 1, "--out", "old/p", "--checkpoint", "old.pt") == 0
+    assert json.loads(Image.open("old/p-0-0000.png").text["catdiffusion"])["guidance"] == 1
     bright = nn.Module()  # a classifier that takes bright pictures for cats
     bright.forward = lambda x: F.pad(x.mean((1, 2, 3))[:, None], (283, 716))
     monkeypatch.setattr(cd.models, "mobilenet_v3_large", lambda weights: bright)
