@@ -43,7 +43,6 @@ import io
 import itertools
 import json
 import math
-import mmap
 import os
 import random
 import re
@@ -105,26 +104,20 @@ def at(table, t):
     return table[t].view(-1, 1, 1, 1)
 
 
-class Noise:
+class Noise(nn.Module):
     """The noise levels, and all formulas that need no network. t is (B,), pictures (B, 3, H, W).
 
-    betas: (T,), float64, from a schedule. The tables made of them are float64 and on the CPU;
-    `to(device)` moves them there, as float32.
+    betas: (T,), float64, from a schedule; so are the tables made of them. It is a module without
+    weights, so that `.float().to(device)` converts and moves the tables.
     """
 
     def __init__(self, betas):
+        super().__init__()
         self.timesteps = len(betas)
-        self.alphas_cumprod = torch.cumprod(1 - betas, 0)  # ᾱ_t = Π (1 − β_s)
-        self.signal_rate = self.alphas_cumprod.sqrt()
-        self.noise_rate = (1 - self.alphas_cumprod).sqrt()
-        self.sigma = self.noise_rate / self.signal_rate
-
-    def to(self, device):
-        """All tables as float32 on `device`. Returns self."""
-        for name, value in list(vars(self).items()):
-            if torch.is_tensor(value):
-                setattr(self, name, value.float().to(device))
-        return self
+        self.alphas_cumprod = nn.Buffer(torch.cumprod(1 - betas, 0))  # ᾱ_t = Π (1 − β_s)
+        self.signal_rate = nn.Buffer(self.alphas_cumprod.sqrt())
+        self.noise_rate = nn.Buffer((1 - self.alphas_cumprod).sqrt())
+        self.sigma = nn.Buffer(self.noise_rate / self.signal_rate)
 
     def q_sample(self, x0, t, eps):
         """Jump straight to noise level t:  x_t = √ᾱ_t·x₀ + √(1−ᾱ_t)·ε   (Eq. 4)"""
@@ -305,9 +298,7 @@ def norm(channels):
     At most 32 groups, as in the paper, and of at least 4 channels: a group of one would lose the
     mean of its map, and with it the brightness.
     """
-    groups = min(32, channels // 4)
-    while channels % groups:
-        groups -= 1
+    groups = max(g for g in range(1, 33) if channels % g == 0 and channels // g >= 4)
     return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
@@ -456,7 +447,7 @@ class EMA:
 
 # All of part 1 together:
 #
-#     diffusion = Diffusion(linear_schedule()).to("cpu")  # and to float32
+#     diffusion = Diffusion(linear_schedule()).float()
 #     model = UNet(64, 32, (1, 2, 4, 4), 1, (16,))
 #     ema = EMA(model, 0.9999)
 #     optimizer = torch.optim.Adam(model.parameters(), 2e-4)
@@ -696,8 +687,7 @@ class Guided(nn.Module):
         self.early = early
         self.size = model.size
         deciding = (diffusion.sigma > 0.5) & (diffusion.sigma < 5)
-        w = torch.where(deciding, guidance, 1.0)  # for each level, (T,)
-        self.register_buffer("w", w, persistent=False)  # moves with the network, is not saved
+        self.w = nn.Buffer(torch.where(deciding, guidance, 1.0))  # for each level, (T,)
 
     def forward(self, x, t, *cond):
         present = self.model(x, t, *cond)
@@ -798,8 +788,8 @@ def load_pictures(folders, size, run):
         write_whole(cache, (picture.contiguous().numpy() for picture in decoded))
     while not cache.exists():  # and the others wait
         time.sleep(1)
-    with open(cache, "r+b") as file:  # only to read; but torch warns about memory that is read-only
-        flat = torch.frombuffer(mmap.mmap(file.fileno(), 0), dtype=torch.uint8)
+    size_in_bytes = cache.stat().st_size
+    flat = torch.from_file(f"{cache}", shared=True, size=size_in_bytes, dtype=torch.uint8)
     return flat.view(-1, len(COLOURS), size, size)
 
 
@@ -887,10 +877,8 @@ def read_picture(path, size):
 
 def as_seen(image):
     """The PIL image as viewers show it, upright and in sRGB. What they cannot read is ignored."""
-    turns = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF's orientation -> Image.Transpose
-    image.load()  # as it loads, a TIFF turns itself
-    with contextlib.suppress(Exception):  # it is upright, or has no EXIF, or a broken one
-        image = image.transpose(turns[image.getexif()[0x0112]])
+    with contextlib.suppress(Exception):  # a broken EXIF: it fails only after the turn
+        ImageOps.exif_transpose(image, in_place=True)
     with contextlib.suppress(Exception):  # no colour profile, or a broken one
         profile = ImageCms.ImageCmsProfile(io.BytesIO(image.info["icc_profile"]))
         srgb = ImageCms.createProfile("sRGB")
@@ -1529,7 +1517,7 @@ def build(args, device):
     last = uses_bf16(device) and device.type != "cpu"
     layout = torch.channels_last if last else torch.contiguous_format
     diffusion = PREDICTIONS[args.prediction](SCHEDULES[args.schedule]())
-    return model.to(device, memory_format=layout), diffusion.to(device)
+    return model.to(device, memory_format=layout), diffusion.float().to(device)
 
 
 def build_optimizer(name, model, device):

@@ -27,7 +27,7 @@ import catdiffusion as cd
 HERE, TEXT, CPU = Path(cd.__file__).parent, Path(cd.__file__).read_text(), torch.device("cpu")
 SMALL = "--size 16 --channels 8 --mults 1 2 --attention 8 --batch 4 --every 1000".split()
 LINEAR, COSINE = cd.Diffusion(cd.linear_schedule()), cd.VDiffusion(cd.cosine_schedule())  # float64
-EPS, V = copy.deepcopy(LINEAR).to(CPU), copy.deepcopy(COSINE).to(CPU)  # float32
+EPS, V = copy.deepcopy(LINEAR).float(), copy.deepcopy(COSINE).float()
 load = partial(torch.load, weights_only=True)
 
 
