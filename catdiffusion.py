@@ -664,8 +664,8 @@ def sample_at(levels, model, diffusion, sampler, x_t, fresh_noise, *cond):
 #
 # We judged 192 pictures each, as above, with the weights in samples/ (their early ones are from a
 # second run, of 1,166 steps). The unguided sampler was our best before, `dpm` with fresh noise for
-# σ from 5 to 0.5. (Of `dpm-sde` alone, 128 pictures each, one count: without guidance 17 % faults
-# and 38 % believable, with it 6 % and 53 %.)
+# σ from 5 to 0.5. (`dpm-sde` alone, 128 pictures each: without guidance 17 and 30 % faults, with it
+# 6 and 11 %. Guided, with other seeds: 9 to 14 %.)
 #
 #                   a fault that a child would see    believable without reserve    contrast
 #     not guided    21, 23                            21, 24                        0.96
