@@ -441,7 +441,7 @@ def test_resumed_is_bit_for_bit_the_run_that_was_not_and_follows_one_rule(capsys
     assert "has learned with --channels 8 --mults 1 2" in capsys.readouterr().err
 
 
-def test_early_weights_are_the_average_after_a_thousand_steps():
+def test_early_weights_are_the_average_after_1000_steps_and_an_eighth(monkeypatch):
     state = cd.State(cd.settings(*SMALL, run="r", device="cpu"), CPU)
     state.step = 999
     del state.parts["early"]  # as an older version saved it
@@ -451,6 +451,10 @@ def test_early_weights_are_the_average_after_a_thousand_steps():
         state = cd.train(cd.settings(run="r", steps=steps), pictures)
         average, early = (part.conv_out.weight for part in (state.ema.model, state.early))
         assert torch.equal(average, early) == (steps == 1000)
+    asked = iter([False, True]).__next__  # one more step
+    monkeypatch.setattr(cd, "stop_requests", lambda: contextlib.nullcontext(asked))
+    state = cd.train(cd.settings(run="r", steps=8 * 1001), pictures)
+    assert torch.equal(state.ema.model.conv_out.weight, state.early.conv_out.weight)
 
 
 def test_a_run_can_start_from_other_weights_and_keeps_their_network(capsys):
