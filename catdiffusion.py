@@ -213,7 +213,7 @@ def train_step(model, diffusion, optimizer, batch, accum=1):
 
 # ---- Sampling ----------------------------------------------------------------------------------
 # Now backwards, from noise to cat. At each step the network looks at x_t and says which clean
-# picture x̂₀ it sees in there; early on that is a grey blur, the mean of all cats. We do not jump
+# picture x̂₀ it sees in there; at first that is a grey blur, the mean of all cats. We do not jump
 # there. We go to the next lower noise level and look again: what noise is left favours some cats
 # over others, and the estimate grows sharper.
 #
@@ -424,10 +424,10 @@ class UNet(nn.Module):
 # ---- Averaging ---------------------------------------------------------------------------------
 # The weights jitter from batch to batch, and with them the colours of all cats. A running average
 # of the weights makes much better samples. It is only used to sample: it never goes back into the
-# network that is trained. The paper's decay of 0.9999 remembers some 10,000 steps, and early on
+# network that is trained. The paper's decay of 0.9999 remembers some 10,000 steps. In a short run
 # that is mostly the random start: sampling from such an average gives noise, which looks like a
 # bug in the sampler. So the memory of ours grows with the run: after n steps it is n/19 steps
-# long. Only runs of 190,000 steps and more reach the 10,000.
+# long, and reaches the paper's 10,000 at step 190,000.
 
 
 class EMA:
@@ -542,10 +542,10 @@ LEVELS = {"middle": middle_levels, "uniform": uniform_levels}
 
 # ---- Fewer steps -------------------------------------------------------------------------------
 # A thousand network calls make one picture. 25 are enough, if three things are chosen better.
-# First, the levels at which to call. Most programs take every 40th t. Ours are even in log σ, which
-# means that each step divides σ by the same factor (compare Karras et al. 2022, arXiv:2206.00364).
-# They go from 200, where not even the average brightness is visible, to 0.01. Only the first one
-# is T-1 instead, where all is noise.
+# First, the levels at which to call. Most programs take every 40th t. Ours begin at T-1, where all
+# is noise. The others are even in log σ, which means that each step divides σ by the same factor
+# (compare Karras et al. 2022, arXiv:2206.00364): from about 130, where not even the average
+# brightness is visible, to 0.01.
 #
 # The other two are switches. Four samplers are the four settings; `dpm-sde` is our default:
 #
@@ -570,7 +570,7 @@ LEVELS = {"middle": middle_levels, "uniform": uniform_levels}
 #     dpm-sde     21, 8                             41, 39                        0.91
 #
 # The faults do not separate them, but with fresh noise more cats are believable. Back to the paper:
-# `sample --sampler ddpm`.
+# `sample --sampler ddpm --guidance 1`.
 
 
 # All steps take the same arguments, so that they fit one table. `denoise(x_t, t)` calls the
@@ -644,34 +644,33 @@ def sample_at(levels, model, diffusion, sampler, x_t, fresh_noise, *cond):
 
 
 # ---- Guidance ----------------------------------------------------------------------------------
-# Many samples still have a broken face. x̂₀ is a mean over all pictures that the network holds for
-# possible, and where it has learned too little, broken cats are among them. Early in its training
-# there were more of them. So the way from its early prediction to the present one leads to better
-# cats, and we go twice as far:
+# Many samples still have a broken face. x̂₀ is a mean over all pictures that the network thinks
+# possible, and where it has learned too little, broken cats are among them. Early in training there
+# were more. So the way from the early prediction to the present one leads to better cats, and we go
+# twice as far:
 #
 #     prediction = early + w·(present − early),    w = 2
 #
-# This is autoguidance (Karras et al. 2024, arXiv:2406.02507). It needs an early network that makes
-# the same mistakes, but larger ones. `train` keeps the averaged weights as they were after 1,000
-# steps, and again after an eighth of all steps. Even earlier weights differ from the present ones
-# in colour, too: with them, the cats came out glaring. (So a run of at most 1,000 steps is not
-# guided. With `--init`, the early weights are those of the first training. Then guidance
-# exaggerates what the new photos have in common, too: w = 1.5 is enough.)
+# This is autoguidance (Karras et al. 2024, arXiv:2406.02507). The early network must make the same
+# mistakes, but larger ones. Ours has the averaged weights of step 1,000; those of an eighth of the
+# run take their place, if that is later. Still earlier weights also differ in colour: with them,
+# the cats came out glaring. (Up to step 1,000, early and present are the same: no guidance. With
+# `--init`, the early weights are those of the first training. Then guidance also exaggerates what
+# the new photos have in common: w = 1.5 is enough.)
 #
-# We guide only where the face is decided, for σ from 5 to 0.5 (compare Kynkäänniemi et al. 2024,
-# arXiv:2404.07724). Above 5 it exaggerates the colours; below 0.5 we saw no difference. In six of
-# the 25 steps both networks are called, which makes 31 calls.
+# We guide only for σ from 5 to 0.5 (compare Kynkäänniemi et al. 2024, arXiv:2404.07724). Above 5 it
+# exaggerates the colours; below 0.5 we saw no difference. In six of the 25 steps both networks are
+# called, which makes 31 calls.
 #
-# We judged 192 pictures each, as above, with the weights in samples/ (their early ones are from a
-# second run, of 1,166 steps). The unguided sampler was our best before, `dpm` with fresh noise for
-# σ from 5 to 0.5. (`dpm-sde` alone, 128 pictures each: without guidance 17 and 30 % faults, with it
-# 6 and 11 %. Guided, with three other seeds: 9 to 14 % faults, contrast 1.04 to 1.05.)
+# We judged 128 pictures each of `dpm-sde` with the weights in samples/ (early ones: 1,166 steps of
+# another run). Each judge has a scale of their own, so compare within a table only:
 #
 #                   a fault that a child would see    believable without reserve    contrast
-#     not guided    21, 23                            21, 24                        0.96
-#     guided        8, 8                              47, 53                        1.01
+#     not guided    17, 30                            38, 29                        0.90
+#     guided        6, 11                             53, 48                        1.01
 #
-# Back to the paper: `sample --guidance 1`.
+# Guided, with three other seeds: 9 to 14 % faults, contrast 1.04 to 1.05. Back to the paper:
+# `sample --guidance 1`.
 
 
 class Guided(nn.Module):
@@ -705,8 +704,8 @@ class Guided(nn.Module):
 # few directions. Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) keeps the rotations
 # and makes every stretch about 1: all directions are learned at the same speed. The last layer,
 # biases and norms stay with Adam (Jordan leaves the first layer to Adam, too). Error at σ = 1:
-# 0.0112; with Adam 0.0160 at the same learning rate, 0.0295 at the paper's. Back to the paper:
-# `train --optimizer adam` (it takes the paper's rate, too).
+# 0.0112; with Adam 0.0160 at our learning rate of 2e-3, 0.0295 at the paper's 2e-4. Back to the
+# paper: `train --optimizer adam` (with its rate, but ours falls: see `learning_rate`).
 
 
 class Muon(torch.optim.Adam):
@@ -958,7 +957,7 @@ def train(args, pictures=None):
     state = State(args, device)
     few = " (few: the network may repeat them)" if len(pictures) < 1000 else ""
     show(f"{len(pictures)} pictures of {args.size} px{few}; on {device}; previews go to {args.run}")
-    age = 1000 if args.init else 0  # of the average: weights that are good are not to be forgotten
+    age = 1000 if args.init else 0  # of the average: it does not soon forget good weights
     model = over_processes(state.model, args.accum)
     next_preview = state.since + 60 * min(1, args.every)  # the first after a minute
     choose_t = LEVELS[args.levels]
@@ -969,11 +968,11 @@ def train(args, pictures=None):
             state.optimizer.param_groups[0]["lr"] = torch.tensor(rate).to(device)
             loss = train_step(model, state.diffusion, state.optimizer, batch, args.accum)
             state.ema.update(state.model, state.step + age)
-            if (state.step < 1000 or state.step == args.steps // 8) and not args.init:
-                # (Both are the same now: guidance has no effect until they differ.)
+            state.step += 1
+            if (state.step <= 1000 or state.step == args.steps // 8) and not args.init:
+                # (Early and present are the same now: no guidance until they differ.)
                 state.early.load_state_dict(state.ema.model.state_dict())
             end_of_step(device)
-            state.step += 1
             due = state.step == args.steps or time.perf_counter() >= next_preview
             state.report(args, loss, due)
             if due:
@@ -997,15 +996,15 @@ def train(args, pictures=None):
 
 
 def learning_rate(step, steps, peak):
-    """Up in 200 steps, while Adam's means are young. From step 1,000 on it falls as 1/√step, and in
-    the last fifth to almost 0."""
+    """Up in 200 steps, then `peak`; from step 1,000 on it falls as 1/√step, and in the last fifth
+    to almost 0."""
     # NOTE the paper keeps its rate after a warm-up. Muon at a constant 2e-3 spoiled a network on
-    # photos: its loss rose from 0.085 at step 1,300 to 0.096 at 9,000. The fall at the end lets it
-    # settle. Never exactly 0: that is how a skipped step is marked.
+    # photos: its loss rose from 0.085 at step 1,300 to 0.096 at 9,000. In the last fifth the
+    # network settles. Not exactly 0: a rate of 0 marks a skipped step.
     warm_up = (step + 1) / min(200, 0.4 * steps)  # a short run warms up in less
     slower = (1000 / (step + 1)) ** 0.5
-    end = (steps - step) / steps * 5
-    return peak * min(1, warm_up, slower) * min(1, end)
+    last_fifth = (steps - step) / (steps / 5)
+    return peak * min(1, warm_up, slower) * min(1, last_fifth)
 
 
 class State:

@@ -453,7 +453,7 @@ def test_early_weights_are_the_average_after_1000_steps_and_an_eighth(monkeypatc
         assert torch.equal(average, early) == (steps == 1000)
     asked = iter([False, True]).__next__  # one more step
     monkeypatch.setattr(cd, "stop_requests", lambda: contextlib.nullcontext(asked))
-    state = cd.train(cd.settings(run="r", steps=8 * 1001), pictures)
+    state = cd.train(cd.settings(run="r", steps=8 * 1002), pictures)
     assert torch.equal(state.ema.model.conv_out.weight, state.early.conv_out.weight)
 
 
