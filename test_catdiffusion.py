@@ -263,6 +263,7 @@ def test_the_network_is_the_papers_every_weight_is_used_and_small_layers_are_rig
         assert args.attention == [side] and model(x, torch.tensor([0, 999])).shape == x.shape
     model = cd.UNet(32, 128, (1, 2, 2, 2), 2, (16,), 0.1)
     assert sum(p.numel() for p in model.parameters()) == 35_746_307
+    assert [cd.norm(c).num_groups for c in (4, 12, 48, 96, 512)] == [1, 3, 12, 24, 32]
     (x0, eps), t = torch.randn(2, 64, 3, 16, 16), torch.randint(1000, (64,))
     fresh, model = cd.UNet(16, 8, (1, 2), 1, (8,)), small_unet()
     assert EPS.loss(fresh, x0, t, eps).item() == pytest.approx(1.0, abs=0.03)
