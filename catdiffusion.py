@@ -57,7 +57,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageCms, ImageDraw, ImageOps, PngImagePlugin
 from torch import nn
-from torchvision import models, utils
+from torchvision import utils
 from torchvision.transforms import functional as TF
 
 COLOURS = "RGB"  # of all pictures, in Pillow's words; "L" is grey
@@ -1195,17 +1195,25 @@ def write_samples(args):
     if args.out.endswith(("/", os.sep)) or Path(args.out).is_dir():
         args.out = str(Path(args.out, "cat"))
     stem = f"{args.out}-{args.seed}"
-    frames = []
-    made = make_pictures(args, model, diffusion, frames)
-    if args.best_of > 1:
-        made = most_like_cats(made, args.n)
-    files, shown = [], []
-    for number, picture in made:  # each is written as soon as it is made
-        about = vars(args) | {"number": number}
-        files.append(save_new(to_images(picture[None])[0], f"{stem}-{number:04}.png", about))
-        if len(shown) < 400:  # enough for a sheet
-            shown.append(picture)
-    x0 = torch.stack(shown)
+    begun = time.perf_counter()
+    numbers = range(args.first, args.first + args.n)
+    files, shown, frames = [], [], []
+    for before in range(0, args.n, args.batch):
+        some = numbers[before : before + args.batch]
+        chain = sample(model, diffusion, len(some), args.sampler, args.steps, args.seed, some[0])
+        for k, (_, x_t, x0_hat) in enumerate(chain, 1):
+            done = (before + len(some) * k / args.steps) / args.n
+            left = (time.perf_counter() - begun) * (1 - done) / done
+            show(f"pictures {some[0]} to {some[-1]}, call {k}, {left:.0f} s left", passing=True)
+            filmed = k % math.ceil(args.steps / 50) == 0 or k == args.steps
+            if args.gif and before == 0 and filmed:
+                frames.append(make_sheet(torch.cat([x_t, x0_hat], 3)))  # side by side
+        for number, image in zip(some, to_images(x0_hat)):  # each batch as soon as it is made
+            about = vars(args) | {"number": number}
+            files.append(save_new(image, f"{stem}-{number:04}.png", about))
+        if before < 400:
+            shown.append(x0_hat.cpu())
+    x0 = torch.cat(shown)[:400]  # enough for a sheet
     sheets = [save_new(make_sheet(x0), f"{stem}-grid.png", vars(args))]
     if training:
         sheet = beside_nearest(x0, training, Path(f"{stem}-skipped.txt"))
@@ -1215,37 +1223,6 @@ def write_samples(args):
         how = {"save_all": True, "append_images": frames[1:], "duration": times, "loop": 0}
         sheets.append(save_new(frames[0], f"{stem}.gif", vars(args), **how))
     show("\n".join(map(quoted, sheets + files)))
-
-
-def make_pictures(args, model, diffusion, frames):
-    """Yield (number, picture) for all that `args` ask for; put those of the film into `frames`."""
-    begun = time.perf_counter()
-    numbers = range(args.first, args.first + args.n * args.best_of)
-    for before in range(0, len(numbers), args.batch):
-        some = numbers[before : before + args.batch]
-        chain = sample(model, diffusion, len(some), args.sampler, args.steps, args.seed, some[0])
-        for k, (_, x_t, x0_hat) in enumerate(chain, 1):
-            done = (before + len(some) * k / args.steps) / len(numbers)
-            left = (time.perf_counter() - begun) * (1 - done) / done
-            show(f"pictures {some[0]} to {some[-1]}, call {k}, {left:.0f} s left", passing=True)
-            filmed = k % math.ceil(args.steps / 50) == 0 or k == args.steps
-            if args.gif and before == 0 and filmed:
-                frames.append(make_sheet(torch.cat([x_t, x0_hat], 3)))  # side by side
-        yield from zip(some, x0_hat.cpu())
-
-
-def most_like_cats(made, n):
-    """Of many (number, picture), the n that a classifier gives the largest chance to be a cat."""
-    weights = models.MobileNet_V3_Large_Weights.IMAGENET1K_V2
-    show(f"--best-of: loading {weights.url}")  # 22 MB, once
-    network = models.mobilenet_v3_large(weights=weights).eval()
-    cats = slice(281, 286)  # ImageNet has five kinds
-
-    def chance(numbered):
-        picture = weights.transforms()(numbered[1].expand(3, -1, -1) / 2 + 0.5)
-        return network(picture[None]).softmax(1)[0, cats].sum()
-
-    return sorted(made, key=chance)[-n:]
 
 
 def beside_nearest(x, paths, listing):
@@ -1346,7 +1323,6 @@ def parser():
     add("--sampler", choices=SAMPLERS, default="dpm-sde", help="see part 2")
     add("--steps", type=within(1, TIMESTEPS), help="network calls; None: 25, ddim 50, ddpm 1000")
     add("--guidance", type=within(0.0, 100.0), default=2.0, help="by early weights; 1: none")
-    add("--best-of", type=within(1), default=1, help="make more, keep what a classifier likes")
     add("--nearest", type=a_folder, help="training pictures: show the nearest beside each sample")
     return top
 
