@@ -541,11 +541,11 @@ LEVELS = {"middle": middle_levels, "uniform": uniform_levels}
 
 
 # ---- Fewer steps -------------------------------------------------------------------------------
-# A thousand network calls make one picture. 25 are enough, if three things are chosen better.
+# A thousand network calls make one picture. We make do with 25, and choose three things better.
 # First, the levels at which to call. Most programs take every 40th t. Ours begin at T-1, where all
-# is noise. The others are even in log σ: from one to the next, σ is divided by the same factor
-# (compare Karras et al. 2022, arXiv:2206.00364), from about 130, where not even the average
-# brightness is visible, to 0.01.
+# is noise. The others are even in log σ, which means that σ falls by the same factor each time
+# (compare Karras et al. 2022, arXiv:2206.00364): with 25 calls from about 130, where not even the
+# average brightness is visible, to 0.01.
 #
 # The other two are switches. Four samplers are the four settings; `dpm-sde` is our default:
 #
@@ -613,7 +613,7 @@ def noise_levels(diffusion, calls):
     """The levels of `calls` network calls: T-1, then evenly spaced in log σ, all different."""
     log_sigma = diffusion.sigma.log().cpu()
     levels = [diffusion.timesteps - 1]
-    wanted = torch.linspace(math.log(200), math.log(0.01), calls)
+    wanted = torch.linspace(math.log(200), math.log(0.01), calls)  # T-1 takes the first's place
     for k in range(1, calls):
         t = (log_sigma - wanted[k]).abs().argmin().item()
         t = min(t, levels[-1] - 1)  # below the one before,
@@ -654,9 +654,9 @@ def sample_at(levels, model, diffusion, sampler, x_t, fresh_noise, *cond):
 # This is autoguidance (Karras et al. 2024, arXiv:2406.02507). The early network must make the same
 # mistakes, but larger ones. `train` keeps the averaged weights of step 1,000, or of an eighth of
 # the run if that is later. (The early ones in samples/ are an exception: step 700 of 8,542.) With
-# much earlier ones the cats came out glaring, as those also differ in colour. Up to step 1,000,
-# early and present are the same: no guidance. With `--init`, the early weights are those of the
-# first training. Then guidance also exaggerates a little what the new photos have in common.
+# those of step 126, drawn cats came out glaring: so early, the colours differ, too. Up to step
+# 1,000, early and present are the same: no guidance. With `--init`, the early weights are those of
+# the first training. Then guidance also exaggerates a little what the new photos have in common.
 #
 # We guide only for σ from 5 to 0.5 (compare Kynkäänniemi et al. 2024, arXiv:2404.07724). Above 5 it
 # exaggerates the colours; below 0.5 we saw no difference. In six of the 25 steps both networks are
@@ -668,8 +668,9 @@ def sample_at(levels, model, diffusion, sampler, x_t, fresh_noise, *cond):
 #     not guided    9, 13                             43, 43                        0.96
 #     guided        8, 8                              59, 56                        1.03
 #
-# Another judging of another seed, guided: 6 and 8 % with a fault, 46 and 44 % believable, contrast
-# 1.02. (Judges differ, so compare within one judging.) Back to the paper: `sample --guidance 1`.
+# (Judges differ, so compare within one judging only. Another one, of another seed and guided alone:
+# 6 and 8 % with a fault, 46 and 44 % believable, contrast 1.02.) Back to the paper:
+# `sample --guidance 1`.
 
 
 class Guided(nn.Module):

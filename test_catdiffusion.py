@@ -570,6 +570,7 @@ def test_the_two_commands_end_to_end(capsys):
         assert run("sample", "-n", 3, *words, "--out", "my plots/") == 0
     ends = "-0000.png -0001.png -0002.png -grid.png -nearest.png .gif -new.gif".split()
     assert set(os.listdir("my plots")) == {f"cat-0{end}" for end in ends}
+    assert Image.open("my plots/cat-0.gif").n_frames == 4  # of the first batch
     told = capsys.readouterr().out
     for own in ("my plots/cat-0-0001.png", "my plots/cat-0.gif"):
         with pytest.raises(cd.Failure, match="made by this program"):
@@ -586,20 +587,23 @@ def test_from_python_pictures_are_made_again_and_nothing_is_overwritten():
     saved["early"] = {name: 3 * value for name, value in saved["early"].items()}
     torch.save(saved, "run/checkpoint.pt")
     words = "sample", "--steps", 5, "--batch", 5, "--guidance", 1.5
-    assert run(*words, "-n", 16, "--out", "all/p", "--checkpoint", "run") == 0
+    assert run(*words, "-n", 16, "--first", 2, "--out", "all/p", "--checkpoint", "run") == 0
     files = sorted(Path("all").glob("p-0-0*.png"))
-    made = json.loads(Image.open(files[7]).text["catdiffusion"])
+    assert [file.name for file in files][::15] == ["p-0-0002.png", "p-0-0017.png"]
+    made = json.loads(Image.open(files[6]).text["catdiffusion"])
     model, diffusion, step = cd.load_checkpoint(made["checkpoint"], guidance=made["guidance"])
     torch.testing.assert_close(model.early.conv_in.weight, 3 * model.model.conv_in.weight)
     how = (made[name] for name in ("sampler", "steps", "seed", "number"))
     *_, (_, _, x0_hat) = cd.sample(model, diffusion, 1, *how)
-    pairs = zip(cd.to_images(x0_hat)[0].tobytes(), Image.open(files[7]).tobytes())
+    pairs = zip(cd.to_images(x0_hat)[0].tobytes(), Image.open(files[6]).tobytes())
     assert max(abs(a - b) for a, b in pairs) <= 1 and made["trained_steps"] == step == 2
+    first = Image.open("all/p-0-grid.png").crop((2, 2, 18, 18))
+    assert first.tobytes() == Image.open(files[0]).tobytes()
     for file in files:
         Image.open(file).save(file.name)  # without the text that says who made it
     pair = cd.beside_nearest(x0_hat, [file.name for file in files], Path("list.txt"))
     nearest = pair.crop((16, 0, 32, 16))
-    assert nearest.tobytes() == Image.open(files[7]).tobytes()
+    assert nearest.tobytes() == Image.open(files[6]).tobytes()
     del saved["early"]  # as an older version saved it
     torch.save(saved, "old.pt")
     assert run(*words, "-n", 1, "--out", "old/p", "--checkpoint", "old.pt") == 0
