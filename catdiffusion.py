@@ -721,30 +721,35 @@ class Muon(torch.optim.Adam):
         super().__init__(model.parameters(), betas=(0.95, 0.999), **how)
         layers = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
         layers.remove(model.conv_out)
-        self.matrices = [m.weight for m in layers if m.weight.requires_grad]
+        self.stacks = {}  # shape -> matrices; a stack is worked on at once: fewer calls
+        for p in [m.weight for m in layers if m.weight.requires_grad]:
+            self.stacks.setdefault(p.flatten(1).shape, []).append(p)
 
     @torch.no_grad()
     def step(self):
-        before = [p.clone() for p in self.matrices]
+        before = {p: p.clone() for stack in self.stacks.values() for p in stack}
         super().step()  # moves the matrices, too: we put them back, and take our own step
-        for p, old in zip(self.matrices, before):
-            mean = self.state[p]["exp_avg"]  # Adam's, of the last 20 gradients or so
-            direction = orthogonal(p.grad.lerp(mean, 0.95).flatten(1))  # mostly the mean
-            scale = 0.2 * max(direction.shape) ** 0.5  # makes a step about as long as Adam's
-            p.copy_(old - self.param_groups[0]["lr"] * scale * direction.view_as(p))
+        for shape, stack in self.stacks.items():
+            # Adam's mean of the last 20 gradients or so, with a little of the latest in it.
+            means = [p.grad.lerp(self.state[p]["exp_avg"], 0.95).flatten(1) for p in stack]
+            scale = 0.2 * max(shape) ** 0.5  # makes a step about as long as Adam's
+            steps = self.param_groups[0]["lr"] * scale * orthogonal(torch.stack(means))
+            for p, step in zip(stack, steps):
+                p.copy_(before[p] - step.view_as(p))
 
 
 def orthogonal(m):
-    """The matrix m with all singular values s made about 1 (0.7 to 1.2; the tiniest less).
+    """Matrices, (N, rows, columns), with all singular values s made about 1 (0.7 to 1.2).
 
     Each round turns s into 3.4445·s − 4.775·s³ + 2.0315·s⁵ (Jordan's numbers): it lifts small ones
-    fast and keeps large ones near 1. No s need be known: m·mᵀ·m has the values s³.
+    fast (the tiniest not to the end), and keeps large ones near 1. No s need be known: m·mᵀ·m has
+    the values s³.
     """
-    m = m / (m.norm() + 1e-7)  # now no s is above 1
-    one = torch.eye(len(m), device=m.device)
+    m = m / (m.norm(dim=(1, 2), keepdim=True) + 1e-7)  # now no s is above 1
+    one = torch.eye(m.shape[1], device=m.device)
     with autocast(m.device):
         for _ in range(5):
-            square = m @ m.T
+            square = m @ m.mT
             m = (3.4445 * one - 4.775 * square + 2.0315 * square @ square) @ m
     return m
 

@@ -188,7 +188,7 @@ def test_a_training_step_is_algorithm_1_with_gradients_of_at_most_1(monkeypatch)
 
 
 def test_muon_is_torchs_own_for_matrices_and_convolutions_and_adam_for_the_rest():
-    layers = nn.Linear(40, 16), nn.Linear(16, 40), nn.Conv2d(6, 8, 3), nn.Conv2d(8, 3, 3)
+    layers = nn.Linear(16, 40), nn.Linear(16, 40), nn.Conv2d(6, 8, 3), nn.Conv2d(8, 3, 3)
     model, lr = nn.ModuleDict(zip(["a", "b", "c", "conv_out"], layers)), 0.01
     ours = list(model.parameters())  # weight, bias, weight, bias, ...
     theirs = [nn.Parameter((p.flatten(1) if p.dim() > 1 else p).detach().clone()) for p in ours]
