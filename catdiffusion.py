@@ -67,10 +67,11 @@ TIMESTEPS = 1000  # T, how many noise levels there are
 
 # ---- Noise -------------------------------------------------------------------------------------
 # Going from picture to noise needs no learning. One step of it is
-# x_t = √(1−β_t)·x_{t−1} + √β_t·ε  (Eq. 2): the picture shrinks a little, and a little noise is
+# x_t = √(1−β_t)·x_{t−1} + √β_t·ε_t  (Eq. 2): the picture shrinks a little, and a little noise is
 # added. The shrinking keeps the variance from growing beyond 1. Sums of Gaussians are Gaussian, so
-# many steps are one jump:  x_t = √ᾱ_t·x₀ + √(1−ᾱ_t)·ε  (Eq. 4). How β_t grows with t is called the
-# schedule. With the paper's, the two factors (their squares sum to 1) are, at five levels:
+# many steps are one jump:  x_t = √ᾱ_t·x₀ + √(1−ᾱ_t)·ε  (Eq. 4), where ε is all noise so far. How
+# β_t grows with t is called the schedule. With the paper's, the two factors (their squares sum to
+# 1) are, at five levels:
 #
 #     t                       0       250     500     750     999
 #     signal_rate √ᾱ_t        1.000   0.722   0.279   0.057   0.006
@@ -129,9 +130,9 @@ class Noise(nn.Module):
             mean = √ᾱ'·β/(1−ᾱ)·x₀ + √(1−β)·(1−ᾱ')/(1−ᾱ)·x_t,    variance = β·(1−ᾱ')/(1−ᾱ)
 
         ᾱ' is ᾱ at t_next. β = 1 − ᾱ/ᾱ' is the variance of the noise added between the two levels:
-        in the paper t_next is t − 1, and this is β_t. The mean is mostly x_t, but for the last few
-        steps. Why these weights? x₀ alone predicts √ᾱ'·x₀, with variance 1−ᾱ'. x_t alone predicts
-        x_t/√(1−β), with variance β/(1−β). The mean averages both, weighted by 1/variance.
+        in the paper t_next is t − 1, and this is β_t. In small steps the mean is mostly x_t. Why
+        these weights? x₀ tells us √ᾱ'·x₀, with variance 1−ᾱ'. x_t tells us x_t/√(1−β), with
+        variance β/(1−β). The mean averages both, weighted by 1/variance.
         """
         abar = at(self.alphas_cumprod, t)
         abar_next = at(self.alphas_cumprod, t_next)
@@ -151,7 +152,8 @@ class Noise(nn.Module):
 # Why is the noise the target, when we want the picture? By Eq. 4, either one gives the other. If
 # the picture is wrong by d, then the noise is wrong by d·√ᾱ_t/√(1−ᾱ_t). So the squared error of the
 # noise is that of the picture times ᾱ_t/(1−ᾱ_t), which is 9999 at t = 0 and 0.084 at t = 500.
-# Compared with a loss on x₀, this one stresses low noise. It gave the paper its best pictures.
+# Compared with a loss on x₀, this one stresses low noise; compared with the likelihood, high noise.
+# It gave the paper its best pictures.
 
 
 class Diffusion(Noise):
@@ -200,9 +202,10 @@ def train_step(model, diffusion, optimizer, batch, accum=1):
 # The loss falls quickly at first, and then it looks flat for hours while the pictures get better.
 # Even a perfect network keeps a loss, as one x_t can come from several pictures. The smallest
 # example needs no network: two pictures of one pixel, +1 with chance 3/4 and -1 with chance 1/4. By
-# Eq. 4 they lead to x_t with likelihoods proportional to exp(−(x_t ∓ √ᾱ)²/(2(1−ᾱ))). Multiply the
-# square out: x_t² and ᾱ are the same for both and cancel. There remain e^a and e^−a, with
-# a = x_t·√ᾱ/(1−ᾱ). So the weighted mean is
+# Eq. 4, x_t is a Gaussian around +√ᾱ or -√ᾱ, with variance 1−ᾱ. In the two densities,
+# exp(−(x_t ∓ √ᾱ)²/(2(1−ᾱ))), multiply the square out: x_t² and ᾱ are the same for both and cancel.
+# There remain e^a and e^−a, with a = x_t·√ᾱ/(1−ᾱ). Times the chances, 3 to 1, the mean of +1 and -1
+# is
 #
 #     x̂₀ = (3e^a − e^−a) / (3e^a + e^−a) = tanh(a + ½·ln 3)
 #
@@ -239,8 +242,8 @@ def train_step(model, diffusion, optimizer, batch, accum=1):
 def ddpm_sample(model, diffusion, x_t, fresh_noise, *cond):
     """Algorithm 2. Yields (t, x_t, x0_hat) after each network call; the last x0_hat is the result.
 
-    x_t: pure noise, (B, 3, H, W). fresh_noise(): Gaussian noise of that shape. t is T-1, T-2, ...,
-    0, here as a plain number: the network is called at the levels that it was trained on.
+    x_t: pure noise, (B, 3, H, W). fresh_noise(): Gaussian noise of that shape. t, here a plain
+    number, is T-1, T-2, ..., 0.
     """
     for level in reversed(range(diffusion.timesteps)):
         t = torch.full((len(x_t),), level).to(x_t.device)
@@ -383,7 +386,7 @@ class UNet(nn.Module):
         c = channels
         c_skips = [c]  # of what the way down leaves behind
         for floor, mult in enumerate(mults):
-            attend = size // 2**floor in attention
+            attend = (size // 2**floor) in attention
             for _ in range(blocks):
                 self.down.append(ResBlock(c, channels * mult, c_time, dropout, attend))
                 c = channels * mult
@@ -394,7 +397,7 @@ class UNet(nn.Module):
         first = ResBlock(c, c, c_time, dropout, attention=True)
         self.middle = nn.ModuleList([first, ResBlock(c, c, c_time, dropout)])
         for floor, mult in reversed(list(enumerate(mults))):
-            attend = size // 2**floor in attention
+            attend = (size // 2**floor) in attention
             for _ in range(blocks + 1):
                 c_in = c + c_skips.pop()  # what comes from below, and the skip beside it
                 self.up.append(ResBlock(c_in, channels * mult, c_time, dropout, attend))
@@ -462,11 +465,11 @@ class EMA:
 
 # ==== PART 2: SINCE THE PAPER ===================================================================
 
-# Six departures; each ends with a measurement and the option that goes back. What is done while
-# sampling is judged by eye. For the other four, the measurement is the squared error of x̂₀ on
-# drawn cats that were not learned, after 500 training steps, with all four or without this one (one
-# seed; a plain grey picture scores 0.217). We compare at equal σ, as the same t means different
-# noise in each schedule.
+# Six departures; each ends with a measurement and the option that goes back. The two that act while
+# sampling are judged by eye. For the other four, the measurement is the squared error of x̂₀ on
+# drawn cats that were held out, after 500 training steps: with all four, then with this one taken
+# back (one seed; a plain grey picture scores 0.217). We compare at equal σ, as the same t means
+# different noise in each schedule.
 
 # ---- A gentler schedule ------------------------------------------------------------------------
 # The paper's schedule leaves ᾱ = 0.003 at t = 750. In a small picture only the overall brightness
@@ -497,8 +500,8 @@ SCHEDULES = {"cosine": cosine_schedule, "linear": linear_schedule}
 # With little noise v is nearly ε, with much it is nearly −x₀: always what the input does not show.
 # Recovering x₀ from v needs no division. Why the name? The squares of √ᾱ_t and √(1−ᾱ_t) sum to 1,
 # so they are the cosine and the sine of an angle. As this angle grows with t, x_t moves on a
-# quarter of a circle from x₀ to ε, and v is its velocity. Error at σ = 10, where the sampler begins
-# to choose a cat: 0.13, with ε 0.30. Back to the paper: `train --prediction eps`.
+# quarter of a circle from x₀ to ε, and v is its velocity. Error at σ = 10, where there is little to
+# see: 0.13, with ε 0.30, worse than plain grey. Back to the paper: `train --prediction eps`.
 
 
 class VDiffusion(Diffusion):
@@ -530,7 +533,6 @@ def uniform_levels(u, timesteps=TIMESTEPS):
 
 def middle_levels(u, timesteps=TIMESTEPS, uniform=0.25):
     """The same, but mostly from the middle. uniform: this share of them stays uniform."""
-    # NOTE a larger share is better for the grain, a smaller one for the shapes.
     rest = ((u - uniform) / (1 - uniform)).clamp(min=0)
     middle = torch.acos(1 - 2 * rest) / math.pi  # inverts the integral of sin
     fraction = torch.where(u < uniform, u / uniform, middle)  # of T
@@ -771,7 +773,8 @@ OPTIMIZERS = {"muon": Muon, "adam": adam}
 # is mapped into memory, where the system keeps what is in use: a million pictures need no more than
 # a thousand. A batch is one indexing operation, and no worker process is ever needed.
 
-SUFFIXES = ".jpg .jpeg .jpe .jfif .png .webp .bmp .gif .tif .tiff .avif".split()
+FORMATS = "JPEG PNG WEBP BMP GIF TIFF AVIF".split()
+SUFFIXES = [end for end, kind in Image.registered_extensions().items() if kind in FORMATS]
 Image.MAX_IMAGE_PIXELS = 300_000_000  # more than any phone takes; twice as many are an error
 
 
@@ -800,7 +803,7 @@ def load_pictures(folders, size, run):
 
 
 def find_pictures(folders):
-    """All picture files below `folders`: real paths, once each. Other files are counted."""
+    """All picture files below `folders`, each real file once. Other files are counted."""
     seen = set()
     files = [path for folder in folders for path in walk(Path(folder), seen)]
     found = [path for path in files if path.suffix.lower() in SUFFIXES]
@@ -814,10 +817,10 @@ def find_pictures(folders):
 
 def walk(path, seen):
     """Yield the files at and below `path`, but no hidden ones, and none twice: `seen` grows."""
-    path = Path(os.path.realpath(path))  # Path.resolve raises where a link points to itself
-    if path in seen or Path(path, "checkpoint.pt").exists():
+    real = os.path.realpath(path)  # Path.resolve raises where a link points to itself
+    if real in seen or Path(path, "checkpoint.pt").exists():
         return  # a link led back here; or it is a run, and previews are nothing to learn from
-    seen.add(path)
+    seen.add(real)
     if path.is_file():
         yield path
     for inside in sorted(path.glob("[!.]*")):  # macOS leaves ._cat.jpg beside cat.jpg
@@ -853,8 +856,7 @@ def read_picture(path, size):
     Beside each picture the CAT dataset (Zhang, Sun, Tang 2008) has a file that marks the eyes, the
     mouth and three points on each ear, as "9 x1 y1 ... x9 y9": then we take the face alone.
     """
-    formats = "JPEG PNG WEBP BMP GIF TIFF AVIF".split()  # whatever the suffix says
-    with Image.open(path, formats=formats) as image:
+    with Image.open(path, formats=FORMATS) as image:  # whatever the suffix says
         comment = f"{image.info.get('comment')}"  # a GIF's
         ours = "catdiffusion" in image.info or "catdiffusion" in comment
         require(not ours, "made by this program")
@@ -886,7 +888,7 @@ def as_seen(image):
     with contextlib.suppress(Exception):  # a broken EXIF: it fails only after the turn
         ImageOps.exif_transpose(image, in_place=True)
     with contextlib.suppress(Exception):  # no colour profile, or a broken one
-        profile = ImageCms.ImageCmsProfile(io.BytesIO(image.info["icc_profile"]))
+        profile = io.BytesIO(image.info["icc_profile"])
         srgb = ImageCms.createProfile("sRGB")
         mode = "RGBA" if image.mode == "RGBA" else "RGB"
         image = ImageCms.profileToProfile(image, profile, srgb, outputMode=mode)
@@ -950,7 +952,8 @@ def train(args, pictures=None):
     """Train; resume if the run has a checkpoint. Returns the State. Raises Failure, OSError.
 
     args: from settings(). pictures: uint8 (N, 3, size, size), instead of args.data; name a `run`
-    for them, and resume it from Python, too. (`settings` takes them for drawn cats: say lr=1e-3.)
+    for them, and resume it from Python, too. (`settings`, without data, chooses lr and steps for
+    drawn cats: for photos say lr=1e-3, steps=50_000.)
     """
     device = pick_device(args.device)
     if pictures is not None:
@@ -1038,7 +1041,6 @@ class State:
         self.seconds = 0.0  # of training
         self.log = []  # a dict for each record
         self.losses = []  # since the last record; NaN if the step was skipped
-        self.kept = 0  # the step that the checkpoint has
         self.end = b""  # the checkpoint's last bytes: they tell whether it is still ours
         self.since = self.next_line = time.perf_counter()
         self.next_record = self.since + 10
@@ -1053,9 +1055,8 @@ class State:
         torch.save(data, buffer)
         ours = end_of(self.path) in (self.end, b"")  # else another training has been here
         path = self.path if ours else self.path.with_name(f"checkpoint-{os.getpid()}.pt")
-        write_whole(path, [buffer.getbuffer()], f"step {self.kept} is safe")
+        write_whole(path, [buffer.getbuffer()])
         require(ours, f"another training writes to {args.run}; this one is saved in {path}")
-        self.kept = self.step
         self.end = end_of(path)
 
     def load(self):
@@ -1067,7 +1068,7 @@ class State:
             saved.setdefault("early", saved["ema"])  # an older run has none: those of now
             for name, part in self.parts.items():
                 part.load_state_dict(saved[name])
-            self.step = self.kept = saved["step"]
+            self.step = saved["step"]
             self.seconds = saved["seconds"]
             self.log = [record for record in saved["log"] if "loss" in record]  # once it had others
 
@@ -1107,14 +1108,13 @@ def preview(state, args, pictures):
     functions (the reconstruction is not guided). log.jsonl: the log, a line for each record.
     """
     folder = Path(args.run)
-    model, diffusion = state.ema.model, state.diffusion
     try:
-        *_, (_, _, x0_hat) = sample(state.guided, diffusion, 16)
+        *_, (_, _, x0_hat) = sample(state.guided, state.diffusion, 16)
         (folder / "previews").mkdir(exist_ok=True)
         make_sheet(x0_hat).save(folder / "previews" / f"{state.step:06}.png")
         (folder / "log.jsonl").write_text("\n".join(map(json.dumps, state.log)))
         x0 = as_floats(pictures[:1]).to(x0_hat.device)
-        reconstruction(model, diffusion, x0).save(folder / "reconstruction.png")
+        reconstruction(state.ema.model, state.diffusion, x0).save(folder / "reconstruction.png")
         loss_curve(state.log).save(folder / "loss.png")
     except Exception as e:
         show(f"no preview at step {state.step}: {e!r}")
@@ -1218,7 +1218,7 @@ def write_samples(args):
         for number, image in zip(some, to_images(x0_hat)):  # each batch as soon as it is made
             about = vars(args) | {"number": number}
             files.append(save_new(image, f"{stem}-{number:04}.png", about))
-        shown = [*shown, *x0_hat.cpu()][:400]  # enough for a sheet
+        shown = [*shown, *x0_hat.cpu()][:400]  # enough for the sheets
     x0 = torch.stack(shown)
     sheets = [save_new(make_sheet(x0), f"{stem}-grid.png", vars(args))]
     if training:
@@ -1228,7 +1228,8 @@ def write_samples(args):
         times = [80] * (len(frames) - 1) + [3000]  # milliseconds: it rests on the last
         how = {"save_all": True, "append_images": frames[1:], "duration": times, "loop": 0}
         sheets.append(save_new(frames[0], f"{stem}.gif", vars(args), **how))
-    show("\n".join(map(quoted, sheets + files)))
+    for path in sheets + files:
+        show(quoted(path))
 
 
 def beside_nearest(x, paths, listing):
@@ -1237,6 +1238,7 @@ def beside_nearest(x, paths, listing):
     The distance is Euclid's, over all pixels. listing: for damaged files.
     """
     pictures = torch.stack(list(decode_pictures(paths, x.shape[-1], listing)))
+    pictures = torch.cat([pictures, pictures.flip(3)])  # as in training, either way round
     parts = [torch.cdist(x.flatten(1), as_floats(p).flatten(1)) for p in pictures.split(500)]
     nearest = torch.cat(parts, 1).argmin(1)  # (M,)
     return make_sheet(torch.cat([x, as_floats(pictures[nearest])], 3))
@@ -1297,7 +1299,7 @@ def parser():
     add("--run", help="folder for checkpoint and previews; None: run, or run-drawn without --data")
     add("--init", help="checkpoint to start from; None: from random weights")
     add("--steps", type=within(1), help="of training; None: 50000, drawn cats 2000")
-    add("--every", type=within(0.0), default=5.0, help="minutes from preview to preview")
+    add("--every", type=within(0.0), default=5.0, help="minutes between two previews, and saves")
     add("--device", default="auto", help="tpu, cuda, mps, xpu or cpu; auto takes the best there is")
     add("--seed", type=within(0), default=0, help="start of all randomness: same seed, same run")
     # the network, see UNet
@@ -1305,7 +1307,7 @@ def parser():
     add("--channels", type=within(8), default=32, help="maps at full size, a multiple of 4")
     add("--mults", type=within(1), nargs="+", help="of channels; None: 1 2 4 4 for 64 px")
     add("--blocks", type=within(1), default=1, help="residual blocks at each resolution")
-    add("--attention", type=within(1), nargs="*", help="sides of maps that get it; None: 16")
+    add("--attention", type=within(1), nargs="*", help="sides of maps that get it; None: up to 16")
     add("--dropout", type=within(0.0, 0.9), default=0.0, help="0.1 when pictures are few")
     # the recipe, see part 2
     add("--batch", type=within(1), default=16, help="pictures a step; 64 and more on a GPU")
@@ -1329,7 +1331,7 @@ def parser():
     add("--sampler", choices=SAMPLERS, default="dpm-sde", help="see part 2")
     add("--steps", type=within(1, TIMESTEPS), help="network calls; None: 25, ddim 50, ddpm 1000")
     add("--guidance", type=within(0.0, 100.0), default=2.0, help="by early weights; 1: none")
-    add("--nearest", type=a_folder, help="training pictures: show the nearest beside each sample")
+    add("--nearest", type=a_folder, help="training pictures; the sheet has the nearest to each")
     return top
 
 
@@ -1425,7 +1427,8 @@ def main(argv=None):
 def show(text, passing=False):
     """A line for the user; a passing one only in a terminal, where the next is written over it."""
     if RANK == 0 and (sys.stdout.isatty() or not passing):  # one process speaks for all
-        with contextlib.suppress(OSError, ValueError):  # no terminal, odd names: the work goes on
+        # No terminal, odd names, a Ctrl-C in the middle of a line: the work goes on.
+        with contextlib.suppress(OSError, ValueError, RuntimeError):
             print(f"{text:79}", end="\r" if passing else "\n", flush=True)
 
 
@@ -1494,7 +1497,8 @@ def autocast(device):
 def build(args, device):
     """The network and the diffusion that the settings describe, on `device`."""
     model = UNet(args.size, args.channels, args.mults, args.blocks, args.attention, args.dropout)
-    # In bf16 a GPU is fastest with the channels last in memory; a CPU's group norm is slow so.
+    # In bf16 a GPU's convolutions want the channels last in memory (torch's tutorial on memory
+    # formats; not measured here). A CPU's group norm is slow so.
     last = uses_bf16(device) and device.type != "cpu"
     layout = torch.channels_last if last else torch.contiguous_format
     diffusion = PREDICTIONS[args.prediction](SCHEDULES[args.schedule]())
@@ -1514,8 +1518,8 @@ def build_optimizer(name, model, device):
             gradient.nan_to_num_(0, 0, 0)
         group["lr"] = group["lr"] * finite
 
-    # Adam's update is one kernel where torch has one (fused). On a TPU the step counter must be a
-    # tensor, too (capturable): a number would be compiled into the program. So is the rate.
+    # Fused: Adam's update is one kernel (torch has none for a TPU). There the step counter must be
+    # a tensor, too (capturable): a number would be compiled into the program. So is the rate.
     xla = device.type == "xla"
     lr = torch.tensor(0.0, device=device)
     optimizer = OPTIMIZERS[name](model, lr=lr, fused=not xla, capturable=xla)
@@ -1569,8 +1573,8 @@ def set_seed(device, *parts):
 
 def out_of_memory(error):
     """Whether an exception says that the memory is used up; torch has several ways to say so."""
-    told = "out of memory|not enough memory|can't allocate memory"
-    return isinstance(error, MemoryError) or bool(re.search(told, f"{error}", re.IGNORECASE))
+    told = "out of memory|not enough memory|can't allocate memory|alloc_failed"
+    return isinstance(error, MemoryError) or re.search(told, f"{error}", re.IGNORECASE)
 
 
 @contextlib.contextmanager
@@ -1585,6 +1589,7 @@ def stop_requests():
         if number == signal.SIGINT and number in received and WORLD_SIZE == 1:
             raise KeyboardInterrupt  # (torchrun sends even the first one twice)
         received.append(number)
+        show("stopping after this step; a second Ctrl-C would not wait")
 
     def asked():
         answer = torch.tensor(float(len(received)))
@@ -1616,11 +1621,8 @@ def end_of(path):
         return file.read()
 
 
-def write_whole(path, parts, safe="nothing else is lost"):
-    """Write bytes to a file; it takes its name only when it is whole and on the disk.
-
-    If it fails, OSError names the file and says what is `safe`.
-    """
+def write_whole(path, parts):
+    """Write bytes to a file; it takes its name only when it is whole and on the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f"{path.name}.{os.getpid()}.part")  # beside it
     try:
@@ -1634,7 +1636,7 @@ def write_whole(path, parts, safe="nothing else is lost"):
             time.sleep(0.2)
         os.replace(new, path)
     except OSError as e:
-        raise OSError(f"{path} not written: {e}; {safe}") from None
+        raise OSError(f"{path} not written: {e}; what was saved before is safe") from None
     finally:
         new.unlink(missing_ok=True)
 
