@@ -67,11 +67,11 @@ TIMESTEPS = 1000  # T, how many noise levels there are
 
 # ---- Noise -------------------------------------------------------------------------------------
 # Going from picture to noise needs no learning. One step of it is
-# x_t = √(1−β_t)·x_{t−1} + √β_t·ε_t  (Eq. 2): the picture shrinks a little, and a little noise is
-# added. The shrinking keeps the variance from growing beyond 1. Sums of Gaussians are Gaussian, so
-# many steps are one jump:  x_t = √ᾱ_t·x₀ + √(1−ᾱ_t)·ε  (Eq. 4), where ε is all noise so far. How
-# β_t grows with t is called the schedule. With the paper's, the two factors (their squares sum to
-# 1) are, at five levels:
+# x_t = √(1−β_t)·x_{t−1} + √β_t·ε_t  (Eq. 2; before t = 0 comes x₀): the picture shrinks a little,
+# and a little noise is added. The shrinking keeps the variance from growing beyond 1. Sums of
+# Gaussians are Gaussian, so many steps are one jump:  x_t = √ᾱ_t·x₀ + √(1−ᾱ_t)·ε  (Eq. 4), where ε
+# is all noise so far. How β_t grows with t is called the schedule. With the paper's, the two
+# factors (their squares sum to 1) are, at five levels:
 #
 #     t                       0       250     500     750     999
 #     signal_rate √ᾱ_t        1.000   0.722   0.279   0.057   0.006
@@ -91,8 +91,9 @@ TIMESTEPS = 1000  # T, how many noise levels there are
 # the formula gives mean 0.00306·0.8 + 0.99410·(-0.92924) = -0.9213, standard deviation 0.1003.
 #
 # The network is trained on squared error, and the best answer to that is a mean. So its estimate
-# x̂₀ is the mean of all pictures that x_t could have come from: sharp when there is little noise, a
-# blur when there is much. That is why one guess is not enough, and we go in many steps.
+# x̂₀ is the mean of all pictures that x_t could have come from, the likelier ones counting more:
+# sharp when there is little noise, a blur when there is much. That is why one guess is not enough,
+# and we go in many steps.
 
 
 def linear_schedule(timesteps=TIMESTEPS):
@@ -152,8 +153,8 @@ class Noise(nn.Module):
 # Why is the noise the target, when we want the picture? By Eq. 4, either one gives the other. If
 # the picture is wrong by d, then the noise is wrong by d·√ᾱ_t/√(1−ᾱ_t). So the squared error of the
 # noise is that of the picture times ᾱ_t/(1−ᾱ_t), which is 9999 at t = 0 and 0.084 at t = 500.
-# Compared with a loss on x₀, this one stresses low noise; compared with the likelihood, high noise.
-# It gave the paper its best pictures.
+# Compared with a loss on x₀, this one stresses low noise; compared with the one that theory asks
+# for (Eq. 12), high noise. It gave the paper its best pictures.
 
 
 class Diffusion(Noise):
@@ -201,11 +202,10 @@ def train_step(model, diffusion, optimizer, batch, accum=1):
 
 # The loss falls quickly at first, and then it looks flat for hours while the pictures get better.
 # Even a perfect network keeps a loss, as one x_t can come from several pictures. The smallest
-# example needs no network: two pictures of one pixel, +1 with chance 3/4 and -1 with chance 1/4. By
-# Eq. 4, x_t is a Gaussian around +√ᾱ or -√ᾱ, with variance 1−ᾱ. In the two densities,
-# exp(−(x_t ∓ √ᾱ)²/(2(1−ᾱ))), multiply the square out: x_t² and ᾱ are the same for both and cancel.
-# There remain e^a and e^−a, with a = x_t·√ᾱ/(1−ᾱ). Times the chances, 3 to 1, the mean of +1 and -1
-# is
+# example needs no network: two pictures of one pixel, +1 with chance 3/4 and -1 with chance 1/4.
+# Given x_t, each of them weighs its chance times the density of x_t, which by Eq. 4 is
+# exp(−(x_t ∓ √ᾱ)²/(2(1−ᾱ))), but for a factor. Multiply the square out: x_t² and ᾱ are in both
+# weights and cancel. There remain 3e^a and e^−a, with a = x_t·√ᾱ/(1−ᾱ). So the mean is
 #
 #     x̂₀ = (3e^a − e^−a) / (3e^a + e^−a) = tanh(a + ½·ln 3)
 #
@@ -492,7 +492,7 @@ SCHEDULES = {"cosine": cosine_schedule, "linear": linear_schedule}
 # ---- A better prediction -----------------------------------------------------------------------
 # Near pure noise, ε is too easy to predict, as it is nearly the input. And Eq. 15 then divides by
 # √ᾱ_t, which is almost 0, so a small error in ε becomes a large one in the picture. Predicting x₀
-# has the same weakness at the other end, where x₀ is nearly the input. So our network predicts a
+# is too easy at the other end, where x₀ is nearly the input. So our network predicts a
 # mixture of both, v (Salimans & Ho 2022, arXiv:2202.00512, appendix D):
 #
 #     v = √ᾱ_t·ε − √(1−ᾱ_t)·x₀        and back:  x₀ = √ᾱ_t·x_t − √(1−ᾱ_t)·v
@@ -518,12 +518,12 @@ PREDICTIONS = {"v": VDiffusion, "eps": Diffusion}
 
 
 # ---- Which noise levels to learn ---------------------------------------------------------------
-# The paper learns all levels equally often. But at low noise the task is easy, and at high noise
-# there is little to see. So we draw only a quarter of the t uniformly, for grain and colours, and
-# the rest with probability proportional to sin(πt/T): mostly from the middle, where the shape of
-# the cat is decided (the idea is that of Esser et al. 2024, arXiv:2403.03206, with another curve).
-# Error at σ = 1: 0.0111, with uniform t 0.0138. At σ = 0.1 it is worse: 0.0013 against 0.0011. Back
-# to the paper: `train --levels uniform`.
+# The paper learns all levels equally often. But low noise hides only the grain, and high noise
+# leaves only the colours. So we take only a quarter of the t uniformly, for these two, and the rest
+# with probability proportional to sin(πt/T): mostly from the middle, where the shape of the cat is
+# decided (the idea is that of Esser et al. 2024, arXiv:2403.03206, with another curve). Error at
+# σ = 1: 0.0111, with uniform t 0.0138. At σ = 0.1 it is worse: 0.0013 against 0.0011. Back to the
+# paper: `train --levels uniform`.
 
 
 def uniform_levels(u, timesteps=TIMESTEPS):
@@ -655,14 +655,14 @@ def sample_at(levels, model, diffusion, sampler, x_t, fresh_noise, *cond):
 #
 # This is autoguidance (Karras et al. 2024, arXiv:2406.02507). The early network must make the same
 # mistakes, but larger ones. `train` keeps the averaged weights of step 1,000, or of an eighth of
-# the run if that is later. (The early ones in samples/ are an exception: step 700 of 8,542.) With
-# those of step 126, drawn cats came out glaring: so early, the colours differ, too. Up to step
-# 1,000, early and present are the same: no guidance. With `--init`, the early weights are those of
-# the first training. Then guidance also exaggerates a little what the new photos have in common.
+# the run if that is later (samples/, made by another loop, has those of step 700 of 8,542). On
+# drawn cats those of step 126 differed in the colours, too, and samples came out glaring. With
+# `--init`, the early weights are those of the run before; then guidance also exaggerates a little
+# what the new photos have in common.
 #
 # We guide only for σ from 5 to 0.5 (compare Kynkäänniemi et al. 2024, arXiv:2404.07724). Above 5 it
-# exaggerates the colours; below 0.5 we saw no difference. In six of the 25 steps both networks are
-# called, which makes 31 calls.
+# exaggerates the colours; below 0.5 we saw no difference. So six of the 25 calls are double, which
+# makes 31.
 #
 # The judging is that of the last section's table, whose second row is the first one here. The other
 # seed was judged by others: compare within a seed.
@@ -709,7 +709,7 @@ class Guided(nn.Module):
 # and makes every stretch about 1: all directions are learned at the same speed. The last layer,
 # biases and norms stay with Adam (Jordan leaves the first layer to Adam, too). Error at σ = 1:
 # 0.0111; with Adam 0.0160 at our 2e-3 for drawn cats, 0.0295 at the paper's 2e-4. Back to the
-# paper: `train --optimizer adam` (with its rate, but ours falls: see `learning_rate`).
+# paper: `train --optimizer adam` (its rate is the paper's, but falls: see `learning_rate`).
 
 
 class Muon(torch.optim.Adam):
@@ -735,19 +735,19 @@ class Muon(torch.optim.Adam):
             # Adam's mean of the last 20 gradients or so, with a little of the latest in it.
             means = [p.grad.lerp(self.state[p]["exp_avg"], 0.95).flatten(1) for p in stack]
             scale = 0.2 * max(shape) ** 0.5  # makes a step about as long as Adam's
-            steps = self.param_groups[0]["lr"] * scale * orthogonal(torch.stack(means))
-            for p, step in zip(stack, steps):
-                p.copy_(before[p] - step.view_as(p))
+            rate = self.param_groups[0]["lr"] * scale
+            for p, direction in zip(stack, orthogonal(torch.stack(means))):
+                p.copy_(before[p] - rate * direction.view_as(p))
 
 
 def orthogonal(m):
-    """Matrices, (N, rows, columns), with all singular values s made about 1 (0.7 to 1.2).
+    """Matrices, (N, rows, columns), with their singular values s made about 1.
 
     Each round turns s into 3.4445·s − 4.775·s³ + 2.0315·s⁵ (Jordan's numbers): it lifts small ones
-    fast (the tiniest not to the end), and keeps large ones near 1. No s need be known: m·mᵀ·m has
-    the values s³.
+    fast and keeps large ones near 1. In the end all but the tiniest are from 0.7 to 1.2. No s need
+    be known: m·mᵀ·m has the values s³.
     """
-    m = m / (m.norm(dim=(1, 2), keepdim=True) + 1e-7)  # now no s is above 1
+    m = m / (m.norm(dim=(1, 2), keepdim=True) + 1e-7)  # √Σs²: now no s is above 1
     one = torch.eye(m.shape[1], device=m.device)
     with autocast(m.device):
         for _ in range(5):
