@@ -575,8 +575,8 @@ LEVELS = {"middle": middle_levels, "uniform": uniform_levels}
 #     ddpm, 1,000 calls*   12, 14                            27, 39                        0.93
 #
 # In 25 calls fresh noise more than halves the faults. Without extrapolation the cats come out soft
-# and pale: the judges forgave that, we do not. And 1,000 calls are no better. Back to the paper:
-# `sample --sampler ddpm`, and `--guidance 1` (see the next section).
+# and much paler than photos; the judges did not mind. And 1,000 calls are no better than 25. Back
+# to the paper: `sample --sampler ddpm`, and `--guidance 1` (see the next section).
 
 
 # All steps take the same arguments, so that they fit one table. `denoise(x_t, t)` calls the
@@ -677,8 +677,8 @@ def sample_at(levels, model, diffusion, sampler, x_t, fresh_noise, *cond):
 #     not guided, other seed    10, 10                            43, 45        0.96
 #     guided, other seed         9, 6                             48, 46        1.03
 #
-# More cats are believable; contrast, a little low before, is a little high. (Of 640 guided cats of
-# four seeds 5 and 6 percent had a fault, and 49 and 50 were believable; contrast 1.01.) Back to the
+# More cats are believable; contrast, a little low before, is a little high. (Of 800 guided cats of
+# five seeds 5 and 5 percent had a fault, and 47 and 48 were believable; contrast 1.00.) Back to the
 # paper: `sample --guidance 1`.
 
 
