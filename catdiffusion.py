@@ -492,8 +492,8 @@ SCHEDULES = {"cosine": cosine_schedule, "linear": linear_schedule}
 # ---- A better prediction -----------------------------------------------------------------------
 # Near pure noise, ε is too easy to predict, as it is nearly the input. And Eq. 15 then divides by
 # √ᾱ_t, which is almost 0, so a small error in ε becomes a large one in the picture. Predicting x₀
-# is too easy at the other end, where x₀ is nearly the input. So our network predicts a
-# mixture of both, v (Salimans & Ho 2022, arXiv:2202.00512, appendix D):
+# is too easy at the other end, where x₀ is nearly the input. So our network predicts a mixture of
+# both, v (Salimans & Ho 2022, arXiv:2202.00512, appendix D):
 #
 #     v = √ᾱ_t·ε − √(1−ᾱ_t)·x₀        and back:  x₀ = √ᾱ_t·x_t − √(1−ᾱ_t)·v
 #
@@ -561,24 +561,25 @@ LEVELS = {"middle": middle_levels, "uniform": uniform_levels}
 #
 # *The latest estimate or an extrapolated one.* x̂₀ changes during a step. A step that uses only
 # its value at the start lags behind. Plotted against log σ, each pixel of x̂₀ moves on nearly a
-# straight line. We extend the line through the last two estimates to the middle of the step; with
-# fresh noise only 0.8 of the way, as after the whole way fewer cats are believable.
+# straight line. We extend the line through the last two estimates to the middle of the step. With
+# fresh noise we take 0.8 of this: with all of it, fewer cats are believable.
 #
-# The weights in samples/, the same noises in each row, 128 pictures (64 where there is a star). We
-# judged each picture twice and blind: not knowing its row. The table has both results in percent.
-# (Contrast is the spread of the pixels in a picture; the data's is 1.)
+# The weights in samples/, without the guidance of the next section, the same noises in each row,
+# 128 pictures (64 where there is a star). We judged each picture twice and blind: not knowing its
+# row. The table has both results in percent. (Contrast is the spread of the pixels in a picture;
+# the data's is 1.)
 #
 #                              a fault that a child would see    believable    contrast
-#     ddim, 25 calls*           9, 12                            27, 22        0.82
-#     ddpm, 25 calls*           3, 5                             39, 47        0.73
-#     dpm, 25 calls*           16, 19                            14, 16        0.95
-#     dpm-sde, the whole way*   6, 11                            36, 36        0.96
+#     ddim, 25 calls*           9, 12                            27, 22        0.85
+#     ddpm, 25 calls*           3, 5                             39, 47        0.74
+#     dpm, 25 calls*           16, 19                            14, 16        0.99
+#     dpm-sde, all of it*       6, 11                            36, 36        0.98
 #     dpm-sde, 25 calls         5, 4                             47, 45        0.90
 #     ddpm, 1,000 calls*        9, 17                            31, 31        0.93
 #
 # In 25 calls there are fewer faults with fresh noise. Without extrapolation the cats come out soft
-# and much paler than photos; the judges did not mind. And 1,000 calls are no better than 25. Back
-# to the paper: `sample --sampler ddpm`, and `--guidance 1` (see the next section).
+# and paler than photos; the judges did not mind. And 1,000 calls are no better than 25. Back to the
+# paper: `sample --sampler ddpm --guidance 1`.
 
 
 # All steps take the same arguments, so that they fit one table. `denoise(x_t, t)` calls the
