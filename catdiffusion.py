@@ -545,8 +545,8 @@ LEVELS = {"middle": middle_levels, "uniform": uniform_levels}
 # ---- Fewer steps -------------------------------------------------------------------------------
 # The paper's sampler takes a thousand steps, with a network call in each. We make do with 25 calls,
 # and choose three things. First, the levels of these calls. Most programs take every 40th t. Ours
-# begin at T-1, where all is noise. From there to σ = 0.01 they are evenly spaced in log σ: σ falls
-# by the same factor each time (compare Karras et al. 2022, arXiv:2206.00364).
+# begin at T-1, where all is noise. The rest are evenly spaced in log σ, from about 130 to 0.01: σ
+# falls by the same factor each time (compare Karras et al. 2022, arXiv:2206.00364).
 #
 # The other two choices are switches. Their four settings are four samplers; `dpm-sde` is our
 # default:
@@ -565,21 +565,22 @@ LEVELS = {"middle": middle_levels, "uniform": uniform_levels}
 # straight line. We extend the line through the last two estimates to the middle of the step, where
 # x̂₀ has about its average value. `dpm-sde` goes only 0.8 of that way.
 #
-# The weights in samples/, without the guidance of the next section, the same noises in each row,
-# 128 pictures (64 where there is a star). We judged each picture twice and blind: not knowing its
-# row. The table has both results in percent. (Contrast is the spread of the pixels in a picture;
-# the data's is 1.)
+# We judged 128 pictures of each row twice, not knowing the row: has it a fault that a child would
+# see, or is it believable as a photo? Many are neither. Both results are in percent; chance moves
+# them by 3 or so. (The weights in samples/, not guided, the same noise at the start of each row.
+# Contrast is the spread of the pixels in a picture; the data's is 1.)
 #
-#                              a fault that a child would see    believable    contrast
-#     ddim, 25 calls*           9, 12                            27, 22        0.85
-#     ddpm, 25 calls*           3, 5                             39, 47        0.74
-#     dpm, 25 calls*           16, 19                            14, 16        0.99
-#     dpm-sde, all of it*       6, 11                            36, 36        0.98
-#     dpm-sde, 25 calls         5, 4                             47, 45        0.90
-#     ddpm, 1,000 calls*        9, 17                            31, 31        0.93
+#                                 a fault    believable    contrast
+#     ddim, 25 calls               8, 9       27, 27        0.82
+#     ddpm, 25 calls               2, 3       52, 49        0.73
+#     dpm, 25 calls               15, 17      20, 19        0.95
+#     dpm-sde, 25 calls            5, 5       46, 39        0.90
+#     the same, 1.0 of the way     8, 10      37, 35        0.96
+#     ddpm, 1,000 calls           11, 15      36, 35        0.93
 #
-# In 25 calls there are fewer faults with fresh noise. Without extrapolation the cats come out soft
-# and paler than photos; the judges did not mind. And 1,000 calls are no better than 25. Back to the
+# With fresh noise there are fewer faults. Extrapolation, and a thousand calls, bring detail and
+# contrast; the detail also shows what the network gets wrong. Without both, cats are soft and pale.
+# 0.8 of the way is a compromise, and the next section brings the missing contrast. Back to the
 # paper: `sample --sampler ddpm --guidance 1`.
 
 
@@ -675,14 +676,13 @@ def sample_at(levels, model, diffusion, sampler, x_t, fresh_noise, *cond):
 # guidance exaggerates the colours; below 0.5 we saw no difference. So six of the 25 calls need both
 # networks, which makes 31.
 #
-# Judged together with the table of the last section, whose dpm-sde is the first row:
+# We judged 480 pictures of each row (three seeds), as for the last table:
 #
-#                   a fault that a child would see    believable    contrast
-#     not guided    5, 4                              47, 45        0.90
-#     guided        2, 2                              53, 48        1.02
+#                   a fault    believable    contrast
+#     not guided     8, 8       40, 39        0.89
+#     guided         4, 4       52, 50        1.00
 #
-# Fewer faults, and the contrast of photos. (Of 480 guided cats of three seeds 4 and 3 percent had a
-# fault, 53 and 49 were believable; contrast 1.00.) Back to the paper: `sample --guidance 1`.
+# Half the faults, and the contrast of photos. Back to the paper: `sample --guidance 1`.
 
 
 class Guided(nn.Module):
