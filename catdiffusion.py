@@ -109,7 +109,7 @@ def at(table, t):
 class Noise(nn.Module):
     """The noise levels, and all formulas that need no network. t is (B,), pictures (B, 3, H, W).
 
-    betas: (T,), float64, from a schedule; so are the tables made of them. It is a module without
+    betas: (T,), float64, from a schedule; the tables are float64, too. This is a module without
     weights, so that `.float().to(device)` converts and moves the tables.
     """
 
@@ -204,21 +204,21 @@ def train_step(model, diffusion, optimizer, batch, accum=1):
 # Even a perfect network keeps a loss, as one x_t can come from several pictures. The smallest
 # example needs no network: two pictures of one pixel, +1 with chance 3/4 and -1 with chance 1/4.
 # Given x_t, each counts by its chance times the density of x_t, which by Eq. 4 is
-# exp(−(x_t ∓ √ᾱ)²/(2(1−ᾱ))), up to a common factor. Multiply the square out: x_t² and ᾱ are in both
-# products and cancel. There remain 3e^a and e^−a, with a = x_t·√ᾱ/(1−ᾱ). So the mean is
+# exp(−(x_t ∓ √ᾱ)²/(2(1−ᾱ))), up to a factor. Multiply the square out: the parts x_t² and ᾱ are the
+# same for both and cancel. There remain 3e^a and e^−a, with a = x_t·√ᾱ/(1−ᾱ). So the mean is
 #
 #     x̂₀ = (3e^a − e^−a) / (3e^a + e^−a) = tanh(a + ½·ln 3)
 #
-# and the best possible loss on ε is 0.04 at t = 100, 0.38 at t = 250, 0.06 at t = 500. (At low
-# noise the picture gives the noise away. At high noise x_t is nearly the noise. In between it is
-# hard.)
+# and the best possible loss on ε, the mean over many x_t, is 0.04 at t = 100, 0.38 at t = 250, 0.06
+# at t = 500. At low noise the picture gives the noise away. At high noise x_t is nearly the noise.
+# In between it is hard.
 
 
 # ---- Sampling ----------------------------------------------------------------------------------
 # Now backwards, from noise to cat. At each step the network looks at x_t and says which clean
 # picture x̂₀ it sees in there; at first that is a grey blur, the mean of all cats. We do not jump
-# there. We go to the next lower noise level and look again: what noise is left favours some cats
-# over others, and the estimate grows sharper.
+# there. We go to the next lower noise level and look again: this x_t favours some cats over others,
+# and the estimate grows sharper.
 #
 # The step treats x̂₀ as the truth and picks at random from the Gaussian of Eq. 6 and 7. Is that
 # allowed, if x̂₀ is only an average? Each possible x₀ has its own Gaussian. By Eq. 7 its centre is
@@ -257,9 +257,9 @@ def ddpm_sample(model, diffusion, x_t, fresh_noise, *cond):
 
 # ---- Network -----------------------------------------------------------------------------------
 # The paper's U-Net. A picture goes down a staircase of resolutions, each half the one before, and
-# up again; on the way up every floor also sees what it looked like on the way down. So the bottom
-# decides where the cat is, and the top still knows each hair. Inside, a picture has many channels,
-# each of them called a map. With the default numbers for 64 px (channels x height x width):
+# up again. On the way up, every floor also gets what it made on the way down: the skips. So the
+# bottom decides where the cat is, and the top still knows each hair. Inside, a picture has many
+# channels, each called a map. With the default numbers for 64 px (channels x height x width):
 #
 #     noisy picture  3 x 64 x 64                                  prediction  3 x 64 x 64
 #           ↓                                                          ↑
@@ -288,8 +288,9 @@ def time_embedding(t, channels):
 
 
 def init(layer, gain=1.0):
-    """Ho's initialisation: Glorot's, which torch calls xavier. gain: 0 where a branch ends, so that
-    a block begins as its shortcut, and the network by predicting 0. Returns the layer."""
+    """The paper's initialisation, which torch calls xavier. gain: 0 for the last layer of a branch
+    and of the network: at first a block returns its shortcut, and the network 0. Returns the layer.
+    """
     nn.init.xavier_uniform_(layer.weight, gain=gain)
     nn.init.zeros_(layer.bias)
     return layer
@@ -384,7 +385,7 @@ class UNet(nn.Module):
         self.down = nn.ModuleList()
         self.up = nn.ModuleList()
         c = channels
-        c_skips = [c]  # of what the way down leaves behind
+        c_skips = [c]  # the channels of each skip
         for floor, mult in enumerate(mults):
             attend = (size // 2**floor) in attention
             for _ in range(blocks):
@@ -459,7 +460,7 @@ class EMA:
 #         train_step(model, diffusion, optimizer, batch)
 #         ema.update(model, n)
 #     noise = lambda: torch.randn(8, 3, 64, 64)
-#     for t, x_t, x0_hat in ddpm_sample(ema.model, diffusion, noise(), noise):
+#     for level, x_t, x0_hat in ddpm_sample(ema.model, diffusion, noise(), noise):
 #         pass  # the last x0_hat is eight new cats
 
 
@@ -522,8 +523,8 @@ PREDICTIONS = {"v": VDiffusion, "eps": Diffusion}
 # leaves only the colours. So we take only a quarter of the t uniformly, for these two, and the rest
 # with probability proportional to sin(πt/T): mostly from the middle, where the shape of the cat is
 # decided (the idea is that of Esser et al. 2024, arXiv:2403.03206, with another curve). Error at
-# σ = 1: 0.0111, with uniform t 0.0138. At σ = 0.1 it costs a little: 0.0013, with uniform t 0.0011.
-# Back to the paper: `train --levels uniform`.
+# σ = 1: 0.0111, with uniform t 0.0138. At σ = 0.1 it costs: 0.0013, with uniform t 0.0011. Back to
+# the paper: `train --levels uniform`.
 
 
 def uniform_levels(u, timesteps=TIMESTEPS):
@@ -533,10 +534,10 @@ def uniform_levels(u, timesteps=TIMESTEPS):
 
 def middle_levels(u, timesteps=TIMESTEPS, uniform=0.25):
     """The same, but mostly from the middle. uniform: this share of them stays uniform."""
-    rest = ((u - uniform) / (1 - uniform)).clamp(min=0)  # from 0 to 1, as u goes on
+    rest = ((u - uniform) / (1 - uniform)).clamp(min=0)  # from 0 to 1, as u goes to 1
     middle = torch.acos(1 - 2 * rest) / math.pi  # inverts the integral of sin
     fraction = torch.where(u < uniform, u / uniform, middle)  # of T
-    return uniform_levels(fraction, timesteps)  # rounds it to a level
+    return uniform_levels(fraction, timesteps)  # only makes it a level
 
 
 LEVELS = {"middle": middle_levels, "uniform": uniform_levels}
@@ -565,10 +566,11 @@ LEVELS = {"middle": middle_levels, "uniform": uniform_levels}
 # straight line. We extend the line through the last two estimates to the middle of the step, where
 # x̂₀ has about its average value. `dpm-sde` goes only 0.8 of that way.
 #
-# We judged 128 pictures of each row twice, not knowing the row: has it a fault that a child would
-# see, or is it believable as a photo? Many are neither. Both results are in percent; chance moves
-# them by 3 or so. (The weights in samples/, not guided, the same noise at the start of each row.
-# Contrast is the spread of the pixels in a picture; the data's is 1.)
+# We judged 128 pictures of each row in two rounds, not knowing the row: has it a fault that a child
+# would see, or is it believable as a photo? Many are neither. A cell has the percent of round 1 and
+# of round 2; chance moves them by 2 to 4. (The weights that come along, samples/catdiffusion.pt,
+# not guided; each row starts from the same noise. Contrast: the spread of the pixels in a picture,
+# divided by that in the data.)
 #
 #                                 a fault    believable    contrast
 #     ddim, 25 calls               8, 9       27, 27        0.82
@@ -578,14 +580,14 @@ LEVELS = {"middle": middle_levels, "uniform": uniform_levels}
 #     the same, 1.0 of the way     8, 10      37, 35        0.96
 #     ddpm, 1,000 calls           11, 15      36, 35        0.93
 #
-# With fresh noise there are fewer faults. Extrapolation, and a thousand calls, bring detail and
-# contrast; the detail also shows what the network gets wrong. Without both, cats are soft and pale.
-# 0.8 of the way is a compromise, and the next section brings the missing contrast. Back to the
-# paper: `sample --sampler ddpm --guidance 1`.
+# In 25 calls, fresh noise means fewer faults. Extrapolation, or a thousand calls, bring detail and
+# contrast; the detail also shows what the network gets wrong. `ddpm` in 25 calls is judged best,
+# but its cats are soft and pale. So we go 0.8 of the way, and guidance (the next section) brings
+# the missing contrast. Back to the paper: `sample --sampler ddpm --guidance 1`.
 
 
-# All steps take the same arguments, so that they fit one table. x0_hat may be extrapolated.
-# `denoise(x_t, t)` is for steps that call the network again, as Heun's (an exercise in README.md).
+# All steps take the same arguments, so that they fit one table. x0_hat may be extrapolated. Ours do
+# not use `denoise(x_t, t)`: Heun's step (an exercise in README.md) calls the network again.
 
 
 def ddpm_step(diffusion, x0_hat, x_t, t, t_next, fresh_noise, denoise):
@@ -596,7 +598,7 @@ def ddpm_step(diffusion, x0_hat, x_t, t, t_next, fresh_noise, denoise):
 
 def ddim_step(diffusion, x0_hat, x_t, t, t_next, fresh_noise, denoise):
     """x_t is x0_hat and some ε, mixed by Eq. 4. Mix them anew (Song et al. 2021, DDIM, Eq. 12)."""
-    # ε is worked out anew, as x0_hat was clipped or extrapolated: the two must add up to x_t.
+    # Not the ε of the network: x0_hat was clipped or extrapolated, and both must add up to x_t.
     eps = (x_t - at(diffusion.signal_rate, t) * x0_hat) / at(diffusion.noise_rate, t)
     return diffusion.q_sample(x0_hat, t_next, eps)
 
@@ -624,7 +626,7 @@ def noise_levels(diffusion, calls):
     """The levels of `calls` network calls: T-1, then evenly spaced in log σ, all different."""
     log_sigma = diffusion.sigma.log().cpu()
     levels = [diffusion.timesteps - 1]
-    wanted = torch.linspace(math.log(200), math.log(0.01), calls)  # T-1 takes the place of 200
+    wanted = torch.linspace(math.log(200), math.log(0.01), calls)  # T-1 for 200, then about 130
     for k in range(1, calls):
         t = (log_sigma - wanted[k]).abs().argmin().item()
         t = min(t, levels[-1] - 1)  # below the one before,
@@ -668,15 +670,15 @@ def sample_at(levels, model, diffusion, sampler, x_t, fresh_noise, *cond):
 #
 # (x̂₀ is mixed in the same way, as to_x0 is linear.) This is autoguidance (Karras et al. 2024,
 # arXiv:2406.02507). The early network must make the same mistakes, but larger ones. `train` keeps
-# the averaged weights of step 1,000, or of an eighth of the run if that is later. Earlier ones
-# differ in the colours, too: with those of step 126, drawn cats came out glaring. (The weights in
-# samples/ have early ones of step 700 of 8,542. Each of those steps had four times the pictures.)
+# the averaged weights of training step 1,000, or of an eighth of the run if that is later. Earlier
+# ones differ in the colours, too: with those of step 126, drawn cats came out glaring. (Those in
+# samples/catdiffusion.pt are of step 700 of 8,542, chosen before we had this rule.)
 #
 # We guide only for σ from 5 to 0.5 (compare Kynkäänniemi et al. 2024, arXiv:2404.07724). Above 5
 # guidance exaggerates the colours; below 0.5 we saw no difference. So six of the 25 calls need both
 # networks, which makes 31.
 #
-# We judged 480 pictures of each row (three seeds), as for the last table:
+# We judged 480 pictures of each row (`dpm-sde`, three seeds of `sample`), as for the last table:
 #
 #                   a fault    believable    contrast
 #     not guided     8, 8       40, 39        0.89
@@ -712,18 +714,18 @@ class Guided(nn.Module):
 # ---- An optimizer for matrices -----------------------------------------------------------------
 # Adam gives each weight a step of its own size. But a layer is a matrix, and so is its gradient.
 # Any matrix is a rotation (or a reflection), then a stretch along each axis, then another rotation;
-# the stretches are its singular values. In a gradient a few are large and most are small, so Adam
+# the stretches are its singular values. In a gradient, and in Adam's step, a few are large: Adam
 # learns mostly in a few directions. Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon)
 # keeps the rotations and makes every stretch about 1: all directions are learned at the same speed.
 # The last layer, biases and norms stay with Adam (Jordan leaves the first layer to Adam, too).
 # Error at σ = 1: 0.0111; with Adam 0.0160 at the same rate of 2e-3, 0.0295 at the paper's 2e-4.
-# Back to the paper: `train --optimizer adam` (at the paper's rate, but falling: `learning_rate`).
+# Back to the paper: `train --optimizer adam` (also 2e-4, but falling: see `learning_rate`).
 
 
 class Muon(torch.optim.Adam):
     """Adam, except for matrices: those take steps that are equally long in all directions.
 
-    Matrices: weights of linear layers and of convolutions (a row for each output channel), but for
+    Matrices: weights of linear layers and of convolutions (a row for each output channel), except
     model.conv_out, the last layer. Of Adam they need only the running mean of each gradient.
     """
 
@@ -779,7 +781,8 @@ OPTIMIZERS = {"muon": Muon, "adam": adam}
 # squashed cat teaches squashed cats), shrink it, and write all to one file of plain bytes in the
 # run's folder: at 64 px, 12 KB a picture. Decoding happens once, in threads. From then on that file
 # is mapped into memory, where the system keeps what is in use: a million pictures need no more than
-# a thousand. A batch is one indexing operation, and no worker process is ever needed.
+# a thousand. A batch is one indexing operation, and no worker process is ever needed. (Helpers such
+# as show stand at the end of part 3; RANK, hash_of, write_whole and others in part 4.)
 
 FORMATS = "JPEG PNG WEBP BMP GIF TIFF AVIF".split()
 SUFFIXES = [end for end, kind in Image.registered_extensions().items() if kind in FORMATS]
@@ -787,14 +790,14 @@ Image.MAX_IMAGE_PIXELS = 300_000_000  # more than any phone takes; twice as many
 
 
 def load_pictures(folders, size, run):
-    """Every picture below `folders`, without folders drawn cats: uint8 (N, 3, size, size)."""
+    """Every picture below `folders`, or drawn cats: uint8 (N, 3, size, size)."""
     if not folders:
         cats = (draw_cat(random.Random(i), size) for i in range(2000))
         return torch.stack([TF.pil_to_tensor(cat) for cat in cats])
     paths = find_pictures(folders)
     files = [Path(f"{path}{end}") for path in paths for end in ("", ".cat")]
     stats = [(f"{f}", f.stat().st_size, f.stat().st_mtime_ns) for f in files if os.path.exists(f)]
-    # The file's name changes with all that its content depends on, the code that reads included.
+    # The cache's name changes with all that its content depends on, this code included.
     code = inspect.getsource(read_picture), inspect.getsource(as_seen)
     cache = Path(run, f"pictures-{hash_of(stats, size, COLOURS, code):08x}.u8")
     if RANK == 0 and not cache.exists():  # one process decodes for all,
@@ -845,7 +848,7 @@ def decode_pictures(paths, size, listing):
             jobs = [pool.submit(read_picture, path, size) for path in some]
             for path, job in zip(some, jobs):
                 error = job.exception()  # a damaged file can make a decoder raise anything
-                if getattr(error, "errno", None) not in (None, 22):  # 22: it reads outside itself
+                if getattr(error, "errno", None) not in (None, 22):  # 22: a bad offset in the file
                     raise Failure(f"{path}: {error}")  # the drive's fault, not the picture's
                 if error:
                     skipped.append(f"{path}: {error!r}")
@@ -886,7 +889,7 @@ def read_picture(path, size):
         # below three times what we need, its fur would come out blurred, or with a false grain.
         image.draft(None, [math.ceil(3 * length * size / min(image.size)) for length in image.size])
         image = as_seen(image).convert("RGBA")
-        image = ImageOps.fit(image, (size, size), Image.LANCZOS)  # cuts the middle, shrinks
+        image = ImageOps.fit(image, (size, size), Image.LANCZOS)  # the middle square, shrunk
         white = Image.new("RGBA", (size, size), "white")  # shows where the picture is transparent
         return TF.pil_to_tensor(Image.alpha_composite(white, image).convert(COLOURS))
 
@@ -912,14 +915,14 @@ def draw_cat(rng, size):
     image = Image.new("RGB", (128, 128), wall)
     pen = ImageDraw.Draw(image)
     x, y = rng.randint(56, 72), rng.randint(62, 74)
-    tall, wide = rng.randint(44, 58), rng.randint(6, 10)
+    tip, lid = rng.randint(44, 58), rng.randint(6, 10)  # of the ears, of the eyes
     pen.ellipse((x - 42, y + 22, x + 42, y + 120), fur)  # body
     for ear in (-1, 1):
-        pen.polygon([(x + 37 * ear, y), (x + 33 * ear, y - tall), (x + 6 * ear, y - 30)], fur)
+        pen.polygon([(x + 37 * ear, y), (x + 33 * ear, y - tip), (x + 6 * ear, y - 30)], fur)
     pen.ellipse((x - 42, y - 36, x + 42, y + 36), fur)  # head
     for eye in (x - 17, x + 17):
-        pen.ellipse((eye - 9, y - 4 - wide, eye + 9, y - 4 + wide), iris)
-        pen.ellipse((eye - 3, y - 4 - wide, eye + 3, y - 4 + wide), (15, 15, 15))
+        pen.ellipse((eye - 9, y - 4 - lid, eye + 9, y - 4 + lid), iris)
+        pen.ellipse((eye - 3, y - 4 - lid, eye + 3, y - 4 + lid), (15, 15, 15))
     pen.polygon([(x - 5, y + 11), (x + 5, y + 11), (x, y + 17)], (225, 140, 150))  # nose
     image = image.resize((size, size), Image.LANCZOS)  # drawn large, then shrunk: smooth edges
     return image.convert(COLOURS)
@@ -928,7 +931,7 @@ def draw_cat(rng, size):
 # ---- Train -------------------------------------------------------------------------------------
 # The loop is what Algorithm 1 says: a batch, a training step, and the average on top. A batch
 # follows from the step's number, so the `State` is all that must be kept. One file holds it, and a
-# stopped run resumes as if it had never stopped. (RANK, set_seed and the like: part 4.)
+# stopped run resumes as if it had never stopped.
 
 
 def get_batch(pictures, step, n, seed, choose_t, device):
@@ -989,8 +992,8 @@ def train(args, pictures=None):
             state.ema.update(state.model, state.step + age)
             state.step += 1
             if (state.step <= 1000 or state.step == args.steps // 8) and not args.init:
-                # (Early and present are the same now: no guidance until they differ. With --init
-                # the early weights are the other run's: guidance also stresses the new photos.)
+                # The last copy stays (see Guidance). Until then nothing is guided. With --init it
+                # is the other run's: guidance then leads towards the new photos, too.
                 state.early.load_state_dict(state.ema.model.state_dict())
             end_of_step(device)
             due = state.step == args.steps or time.perf_counter() >= next_preview
@@ -1005,7 +1008,7 @@ def train(args, pictures=None):
                 state.since = time.perf_counter()  # previews do not count
                 next_preview = state.since + 60 * args.every
         if RANK == 0:
-            state.save(args)
+            state.save(args)  # after a stop; and now a full disk is an error
     if WORLD_SIZE > 1:
         del model  # the wrapper first: as the last to hold the group, it would wait for ever
         torch.distributed.destroy_process_group()  # else its threads may abort as we leave
@@ -1052,7 +1055,7 @@ class State:
         self.log = []  # a dict for each record
         self.losses = []  # since the last record; NaN if the step was skipped
         self.end = b""  # the checkpoint's last bytes: they tell whether it is still ours
-        self.since = self.next_line = time.perf_counter()
+        self.since = self.next_line = time.perf_counter()  # when this record began
         self.next_record = self.since + 10
         if resumed:
             self.load()
@@ -1063,7 +1066,7 @@ class State:
         data |= {name: part.state_dict() for name, part in self.parts.items()}
         buffer = io.BytesIO()  # torch, writing to a full disk itself, may end the whole process
         torch.save(data, buffer)
-        ours = end_of(self.path) in (self.end, b"")  # else another training has been here
+        ours = end_of(self.path) in (self.end, b"")  # b"": no file. Else another was here
         path = self.path if ours else self.path.with_name(f"checkpoint-{os.getpid()}.pt")
         write_whole(path, [buffer.getbuffer()])
         require(ours, f"another training writes to {args.run}; this one is saved in {path}")
@@ -1073,14 +1076,14 @@ class State:
         """Read it back. Raises Failure if the file is damaged."""
         self.end = end_of(self.path)
         with open_checkpoint(self.path) as saved:
-            # Adam's averages are those of the run; whether it is fused depends on this device.
+            # Adam's averages come from the file, its options (fused, ...) from this device.
             saved["optimizer"]["param_groups"] = self.optimizer.state_dict()["param_groups"]
-            saved.setdefault("early", saved["ema"])  # an older run has none: those of now
+            saved.setdefault("early", saved["ema"])  # an older run has none
             for name, part in self.parts.items():
                 part.load_state_dict(saved[name])
             self.step = saved["step"]
             self.seconds = saved["seconds"]
-            self.log = [record for record in saved["log"] if "loss" in record]  # once it had others
+            self.log = [record for record in saved["log"] if "loss" in record]  # not all had
 
     def report(self, args, loss, due):
         """Note the loss of a step. When it is time, show the line; every 30 s, or if due, log."""
@@ -1101,7 +1104,7 @@ class State:
         recorded = skipped < count and (due or now >= self.next_record)
         text = f"step {self.step} of {args.steps}, loss {mean_loss:.4f}"
         text += f", {speed * args.batch:.0f} pictures/s, {left:.0f} min left"
-        show(text, passing=sys.stdout.isatty() or not recorded)
+        show(text, passing=sys.stdout.isatty() or not recorded)  # without a terminal: the records
         if recorded:
             self.seconds += now - self.since
             record = {"step": self.step, "minutes": self.seconds / 60}
@@ -1114,8 +1117,8 @@ class State:
 def preview(state, args, pictures):
     """Show how far the network has come. Nothing that goes wrong here ends the run.
 
-    previews/STEP.png: always the same 16 pictures. reconstruction.png, loss.png: see their
-    functions (the reconstruction is not guided). log.jsonl: the log, a line for each record.
+    previews/STEP.png: 16 samples, from the same noise each time. reconstruction.png, loss.png: see
+    their functions (the first is not guided). log.jsonl: the log, a line for each record.
     """
     folder = Path(args.run)
     try:
@@ -1130,7 +1133,7 @@ def preview(state, args, pictures):
 
 
 def reconstruction(model, diffusion, x0):
-    """What the network makes of a photo (1, 3, H, W), the more of it is drowned in noise.
+    """What the network makes of a photo (1, 3, H, W) in more and more noise.
 
     Left the photo; then a column each for 1, 3, 5, 7 and 9 tenths of T. Row by row: x_t; x0_hat
     after one call; and the picture at the end of the whole way back from there.
@@ -1165,10 +1168,10 @@ def loss_curve(log):
 def sample(
     model, diffusion, n=8, sampler="dpm-sde", steps=None, seed=0, first=0, start=None, cond=()
 ):
-    """Make pictures first .. first+n-1 of `seed`; yields (t, x_t, x0_hat) once per network call.
+    """Make pictures first .. first+n-1 of `seed`; yields (level, x_t, x0_hat) once per call.
 
     x_t and x0_hat: (n, 3, size, size); the last x0_hat is the result. model: as a UNet, with a
-    `size`. steps: network calls; None: the sampler's usual number. start: a (t, x_t) to begin with,
+    `size`. steps: calls of the network; None: the usual number. start: a (t, x_t) to begin with,
     not pure noise. cond: what else the model takes.
     """
     device = next(model.parameters()).device
@@ -1192,7 +1195,7 @@ def sample(
 
 
 def write_samples(args):
-    """Make pictures as `args` say (sample's options by name), and the files that show them."""
+    """Make pictures as `args` say (sample's options), and their files. Each file stores `args`."""
     runs = filter(os.path.exists, ("run/checkpoint.pt", "run-drawn/checkpoint.pt"))
     shipped = Path(__file__).parent / "samples" / "catdiffusion.pt"
     args.checkpoint = args.checkpoint or str(max(runs, key=os.path.getmtime, default=shipped))
@@ -1201,7 +1204,7 @@ def write_samples(args):
     model, diffusion, args.trained_steps = load_checkpoint(args.checkpoint, device, args.guidance)
     training = find_pictures([args.nearest]) if args.nearest else None
     if not isinstance(model, Guided):
-        args.guidance = 1.0  # whatever was asked for: an older checkpoint has no early weights
+        args.guidance = 1.0  # without early weights there is none
     trained = f"trained for {args.trained_steps} steps"
     show(f"sampling with {args.checkpoint}, {trained}, guidance {args.guidance:g}")
     if args.out.endswith(("/", os.sep)) or Path(args.out).is_dir():
@@ -1253,8 +1256,8 @@ def beside_nearest(x, paths, listing):
 # Two commands, one line an option. A checkpoint stores train's settings; so `sample` knows which
 # network to build. Bad input gets one line and exit code 2; a bug of ours shows its traceback.
 
-# What cannot change in a run, as the weights have learned with it.
-LEARNED = "size", "channels", "mults", "blocks", "attention", "schedule", "prediction"
+# What stays as it is in a run: the weights were learned with it.
+FIXED = "size", "channels", "mults", "blocks", "attention", "schedule", "prediction"
 
 
 class Failure(argparse.ArgumentTypeError):
@@ -1312,7 +1315,7 @@ def parser():
     add("--channels", type=within(8), default=32, help="maps at full size, a multiple of 4")
     add("--mults", type=within(1), nargs="+", help="of channels; None: 1 2 4 4 for 64 px")
     add("--blocks", type=within(1), default=1, help="residual blocks at each resolution")
-    add("--attention", type=within(1), nargs="*", help="sides of maps that get it; None: up to 16")
+    add("--attention", type=within(1), nargs="*", help="sides with it; None: the largest up to 16")
     add("--dropout", type=within(0.0, 0.9), default=0.0, help="0.1 when pictures are few")
     # the recipe, see part 2
     add("--batch", type=within(1), default=16, help="pictures a step; 64 and more on a GPU")
@@ -1344,7 +1347,7 @@ def as_words(values):
     """Settings as one would type them: a dict -> a list of words."""
     words = []
     for name, value in values.items():
-        if value is not None:  # which means: choose for me
+        if value is not None:  # None means: choose for me
             several = value if isinstance(value, (list, tuple)) else [value]
             words += [f"--{name}", *map(str, several)]
     return words
@@ -1357,25 +1360,25 @@ def settings(*words, **given):
     last word wins. But what the weights have learned with stays. Raises Failure.
     """
     words = [*words, *as_words(given)]
-    typed = parser().parse_args(["train", *words])
+    typed = parser().parse_args(["train", *words])  # run, data, init, lr: None if not typed
     run = typed.run or ("run" if typed.data else "run-drawn")
     resumed = Path(run, "checkpoint.pt").exists()
     start = run if resumed else typed.init
     # Folder and device are chosen each time. From --init a new run takes the network alone.
-    names = set(vars(typed)) - {"run", "device"} if resumed else LEARNED
+    names = set(vars(typed)) - {"run", "device"} if resumed else FIXED
     saved = {}
     if start:
         with open_checkpoint(start) as checkpoint:
             saved = {k: value for k, value in checkpoint["settings"].items() if k in names}
-    earlier = saved | {"data": None} if typed.data else saved  # folders would add up
+    earlier = {**saved, "data": None} if typed.data else saved  # else the folders would add up
     args = parser().parse_args(["train", *as_words(earlier), *words, "--run", run])
     changed = {name: was for name, was in saved.items() if vars(args)[name] != was}
-    learned = {name: was for name, was in changed.items() if name in (*LEARNED, "init")}
-    told = " ".join(as_words(learned)) or "no --init"  # of these only init can be None
+    fixed = {name: was for name, was in changed.items() if name in (*FIXED, "init")}
+    kept = " ".join(as_words(fixed)) or "no --init"  # as_words drops None, which only init can be
     way_out = "; to begin anew, name another --run" if resumed else ""
-    require(not learned, f"{start} has learned with {told}, and that stays{way_out}")
+    require(not fixed, f"{start} has learned with {kept}, and that stays{way_out}")
     for name, was in changed.items():
-        show(f"{' '.join(as_words({name: vars(args)[name]}))}, was {was}")
+        show(f"--{name} {vars(args)[name]}, was {was}")
     if "optimizer" in changed:
         args.lr = typed.lr  # the rate goes with the optimizer
     del args.command
@@ -1473,7 +1476,7 @@ def pick_device(name="auto"):
             name = torch.accelerator.current_accelerator(check_available=True) or "cpu"
         if str(name) == "cuda":
             name = f"cuda:{PLACE.get('LOCAL_RANK', 0)}"
-        return torch.zeros(1, device=name).device
+        return torch.zeros(1, device=name).device  # fails if there is none
     except (OSError, RuntimeError, AssertionError, ImportError) as e:
         raise Failure(f"--device {name}: not on this machine ({e}); try another") from None
 
@@ -1506,11 +1509,11 @@ def build(args, device):
 
 
 def build_optimizer(name, model, device):
-    """The optimizer of that name, for parameters on `device`; it leaves broken steps out."""
+    """The optimizer of that name, for parameters on `device`; a broken step moves no weight."""
 
     def skip_broken_step(optimizer, args, kwargs):
         # If a gradient is not finite, clipping has made each of them 0 or NaN. They all become 0,
-        # and so does the rate: that is how State.report learns of it, and nobody has to wait.
+        # and so does the rate: no weight moves. State.report sees the rate; nobody waits for it.
         group = optimizer.param_groups[0]  # there is one
         gradients = [p.grad for p in group["params"] if p.grad is not None]
         finite = nn.utils.get_total_norm(gradients).isfinite()  # True or False, on the device
@@ -1519,9 +1522,9 @@ def build_optimizer(name, model, device):
         group["lr"] = group["lr"] * finite
 
     # Fused: Adam's update is one kernel (torch has none for a TPU). There the step counter must be
-    # a tensor, too (capturable): a number would be compiled into the program. So is the rate.
+    # a tensor (capturable), as the rate is: a number would be compiled into the program.
     xla = device.type == "xla"
-    lr = torch.tensor(0.0, device=device)
+    lr = torch.tensor(0.0, device=device)  # train() sets it
     optimizer = OPTIMIZERS[name](model, lr=lr, fused=not xla, capturable=xla)
     optimizer.register_step_pre_hook(skip_broken_step)
     return optimizer
@@ -1581,7 +1584,7 @@ def out_of_memory(error):
 def stop_requests():
     """Inside, Ctrl-C, SIGTERM and a closed terminal do not kill. A second Ctrl-C does.
 
-    Yields asked(): whether one of them came, in any process; there all wait for each other.
+    Yields asked(): whether one of them came, in any process. Each call of it waits for all.
     """
     received = []
 
@@ -1613,7 +1616,7 @@ def stop_requests():
 
 
 def end_of(path):
-    """The last bytes of a file, in a checkpoint its checksums; none if there is no file."""
+    """The last bytes of a file (in a checkpoint, its checksums); b"" if there is no file."""
     if not path.exists():
         return b""
     with open(path, "rb") as file:
@@ -1724,7 +1727,7 @@ def our_name(name, blocks):
 def read_folder(folder):
     """What State.save writes, as far as sampling needs it, from a folder of diffusers."""
     config = json.loads((folder / "config.json").read_text())
-    for path in folder.glob("scheduler_config.json"):  # if there is one
+    if (path := folder / "scheduler_config.json").exists():
         config |= json.loads(path.read_text())
     config = {name: value for name, value in config.items() if value is not None}
     # (An entry that is missing counts as the paper's.)
