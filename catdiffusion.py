@@ -873,8 +873,6 @@ def read_picture(path, size):
         require(not ours, "made by this program")
         if image.mode[0] == "I":  # grey of 16 bits
             image = image.convert("I").point(lambda value: value / 257).convert("L")
-        if image.format == "BMP":
-            image = image.convert("RGB")  # viewers ignore its transparency
         if os.path.exists(f"{path}.cat"):
             nine, *points = map(int, Path(f"{path}.cat").read_text().split())
             xs, ys = points[0::2], points[1::2]  # in pixels of the picture
@@ -977,7 +975,7 @@ def train(args, pictures=None):
     Path(args.run, "previews").mkdir(parents=True, exist_ok=True)
     set_seed(device, args.seed)  # the same network each time
     state = State(args, device)
-    few = " (few: the network may repeat them)" if len(pictures) < 1000 else ""
+    few = " (few: see --init in README.md)" if len(pictures) < 1000 and not args.init else ""
     show(f"{len(pictures)} pictures of {args.size} px{few}; on {device}; previews go to {args.run}")
     age = 1000 if args.init else 0  # of the average: it does not soon forget good weights
     model = over_processes(state.model, args.accum)
@@ -1078,12 +1076,11 @@ class State:
         with open_checkpoint(self.path) as saved:
             # Adam's averages come from the file, its options (fused, ...) from this device.
             saved["optimizer"]["param_groups"] = self.optimizer.state_dict()["param_groups"]
-            saved.setdefault("early", saved["ema"])  # an older run has none
             for name, part in self.parts.items():
                 part.load_state_dict(saved[name])
             self.step = saved["step"]
             self.seconds = saved["seconds"]
-            self.log = [record for record in saved["log"] if "loss" in record]  # not all had
+            self.log = saved["log"]
 
     def report(self, args, loss, due):
         """Note the loss of a step. When it is time, show the line; every 30 s, or if due, log."""
