@@ -1010,8 +1010,10 @@ def train(args, pictures=None):
     if WORLD_SIZE > 1:
         del model  # the wrapper first: as the last to hold the group, it would wait for ever
         torch.distributed.destroy_process_group()  # else its threads may abort as we leave
-    rest = "; the same command resumes" if state.step < args.steps else ""
-    show(f"saved at step {state.step} of {args.steps}{rest}. Now sample:")
+    way_on = "the same command resumes"
+    if state.step >= args.steps:
+        way_on = "for more say --steps; to begin anew, name another --run"
+    show(f"saved at step {state.step} of {args.steps}; {way_on}. Now sample:")
     show(f'python catdiffusion.py sample -n 8 --checkpoint "{state.path}"')
     return state
 
@@ -1169,7 +1171,7 @@ def sample(
 
     x_t and x0_hat: (n, 3, size, size); the last x0_hat is the result. model: as a UNet, with a
     `size`. steps: calls of the network; None: the usual number. start: a (t, x_t) to begin with,
-    not pure noise. cond: what else the model takes.
+    not pure noise. cond: what else the model takes, on its device.
     """
     device = next(model.parameters()).device
     # Each picture has its own source of noise, and on the CPU: so it is the same picture, up to
@@ -1289,16 +1291,17 @@ def a_folder(text):
     """A type for argparse: a folder that exists."""
     path = Path(text).expanduser()
     require(text and path.is_dir(), f'no folder "{text}"; name the one with the pictures')
-    return str(path)
+    return str(path.absolute())
 
 
-def parser():
-    """The command line, as argparse wants it."""
+def parser(**earlier):
+    """The command line, as argparse wants it. earlier: other defaults for `train`."""
     how = {"allow_abbrev": False, "formatter_class": argparse.ArgumentDefaultsHelpFormatter}
     top = Parser("catdiffusion.py", description=__doc__.split("\n")[0], **how)
-    commands = top.add_subparsers(dest="command", required=True)
+    commands = top.add_subparsers(dest="command", required=True, metavar="train|sample")
 
-    add = commands.add_parser("train", help="learn from pictures", **how).add_argument
+    train = commands.add_parser("train", help="learn from pictures", **how)
+    add = train.add_argument
     # the run
     add("--data", type=a_folder, nargs="+", action="extend", help="folders; None: drawn cats")
     add("--run", help="folder for checkpoint and previews; None: run, or run-drawn without --data")
@@ -1323,13 +1326,14 @@ def parser():
     add("--schedule", choices=SCHEDULES, default="cosine", help="of the noise")
     add("--prediction", choices=PREDICTIONS, default="v", help="what the network predicts")
     add("--levels", choices=LEVELS, default="middle", help="the t that are learned most")
+    train.set_defaults(**earlier)
 
     add = commands.add_parser("sample", help="make new pictures", **how).add_argument
     add("--checkpoint", help="None: the newer of run and run-drawn, or the cats that come along")
     add("-n", "--n", type=within(1), default=8, help="how many pictures")
     add("--seed", type=within(0), default=0, help="another seed, other cats")
     add("--first", type=within(0), default=0, help="number of the first picture of that seed")
-    add("--out", default="samples/cat", help="start of the files' names, or a folder")
+    add("--out", default="samples/cat", help="start of the files' names, or a folder/")
     add("--gif", action="store_true", help="animate the denoising of the first batch")
     add("--device", default="auto", help="tpu, cuda, mps, xpu or cpu; auto takes the best there is")
     add("--batch", type=within(1), default=16, help="pictures at once")
@@ -1353,8 +1357,8 @@ def as_words(values):
 def settings(*words, **given):
     """All settings of `train`, completed and checked: from a command line's words, or by name.
 
-    The rule of resuming: the words of the run in its folder come first, then the new ones, and the
-    last word wins. But what the weights have learned with stays. Raises Failure.
+    The rule of resuming: what is given wins, then what the run in its folder has, then the default.
+    But what the weights have learned with stays. Raises Failure.
     """
     words = [*words, *as_words(given)]
     typed = parser().parse_args(["train", *words])  # run, data, init, lr: None if not typed
@@ -1368,7 +1372,7 @@ def settings(*words, **given):
         with open_checkpoint(start) as checkpoint:
             saved = {k: value for k, value in checkpoint["settings"].items() if k in names}
     earlier = {**saved, "data": None} if typed.data else saved  # else the folders would add up
-    args = parser().parse_args(["train", *as_words(earlier), *words, "--run", run])
+    args = parser(**earlier).parse_args(["train", *words, "--run", run])
     changed = {name: was for name, was in saved.items() if vars(args)[name] != was}
     fixed = {name: was for name, was in changed.items() if name in (*FIXED, "init")}
     kept = " ".join(as_words(fixed)) or "no --init"  # as_words drops None, which only init can be
@@ -1643,17 +1647,22 @@ def write_whole(path, parts):
 
 def save_new(image, path, about, **how):
     """Write a PNG or GIF with `about` as JSON in it, never over another. Returns its path."""
-    path = Path(path)
-    while path.exists() and Image.open(path).tobytes() != image.tobytes():
-        path = path.with_stem(f"{path.stem}-new")
     words = json.dumps(about)
     text = PngImagePlugin.PngInfo()  # PNG's place for words; a GIF has a comment
     text.add_text("catdiffusion", words)
     comment = f"catdiffusion {words}".encode()
-    buffer = io.BytesIO()
+    path, buffer = Path(path), io.BytesIO()
     image.save(buffer, path.suffix[1:], pnginfo=text, comment=comment, **how)
+    while path.exists() and path.read_bytes() != buffer.getvalue() and not alike(path, image):
+        path = path.with_stem(f"{path.stem}-new")
     write_whole(path, [buffer.getbuffer()])
     return path
+
+
+def alike(path, image):
+    """Whether the picture in a file is this PIL image, up to rounding."""
+    old, new = (TF.pil_to_tensor(i.convert("RGB")).int() for i in (Image.open(path), image))
+    return old.shape == new.shape and (old - new).abs().max() < 3
 
 
 @contextlib.contextmanager

@@ -437,11 +437,11 @@ def test_resumed_is_bit_for_bit_the_run_that_was_not_and_follows_one_rule(capsys
         assert run(*words, "r") == 130 and load("r/checkpoint.pt")["step"] == 3
     assert cd.settings(run="r").device == "auto"  # chosen each time
     moved = load("r/checkpoint.pt")
-    moved["settings"]["data"] = ["gone"]
+    moved["settings"] |= {"data": ["gone"], "an_option_of_old": False}
     for folder in ("cats", "moved"):
         os.mkdir(folder)
     torch.save(moved, "moved/checkpoint.pt")
-    assert cd.settings(run="moved", data=["cats"]).data == ["cats"]
+    assert cd.settings(run="moved", data=["cats"]).data == [os.path.abspath("cats")]
     assert run("train", "--run", "r") == 0  # the rest is as the run has it
     whole, parts = load("whole/checkpoint.pt"), load("r/checkpoint.pt")
     assert whole["step"] == parts["step"] == 7
@@ -621,9 +621,11 @@ def test_from_python_pictures_are_made_again_and_nothing_is_overwritten():
     found = [sheet.crop((x, 2, x + 16, 18)).tobytes() for x in (18, 52)]  # right halves
     original = Image.open(files[6])
     assert found == [original.tobytes(), ImageOps.mirror(original).tobytes()]
-    for colour in ("red", "red", "blue", "blue", "red"):  # nothing is overwritten
-        cd.save_new(Image.new("RGB", (4, 4), colour), "z/cat.png", {})
-    assert sorted(os.listdir("z")) == ["cat-new.png", "cat.png"]
+    for colour in ((9, 9, 9), (9, 9, 8), (99, 9, 9), (99, 9, 9), (9, 9, 9)):
+        for name in ("z/cat.png", "z/cat.gif"):
+            cd.save_new(Image.new("RGB", (4, 4), colour), name, {})
+    ends = [".gif", ".png", "-new.gif", "-new.png"]  # nothing is overwritten but by the same
+    assert set(os.listdir("z")) == {f"cat{end}" for end in ends}
 
 
 def test_what_comes_with_the_program():
