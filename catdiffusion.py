@@ -131,9 +131,10 @@ class Noise(nn.Module):
             mean = √ᾱ'·β/(1−ᾱ)·x₀ + √(1−β)·(1−ᾱ')/(1−ᾱ)·x_t,    variance = β·(1−ᾱ')/(1−ᾱ)
 
         ᾱ' is ᾱ at t_next. β = 1 − ᾱ/ᾱ' is the variance of the noise added between the two levels:
-        in the paper t_next is t − 1, and this is β_t. In small steps the mean is mostly x_t. Why
-        these weights? x₀ alone puts the picture at √ᾱ'·x₀, with variance 1−ᾱ'. x_t alone puts it at
-        x_t/√(1−β), with variance β/(1−β). The mean averages both, weighted by 1/variance.
+        in the paper t_next is t − 1, and this is β_t. Except near t = 0, the mean is then mostly
+        x_t. Why these weights? x₀ alone puts the picture at √ᾱ'·x₀, with variance 1−ᾱ'. x_t alone
+        puts it at x_t/√(1−β), with variance β/(1−β). The mean averages both, weighted by
+        1/variance.
         """
         abar = at(self.alphas_cumprod, t)
         abar_next = at(self.alphas_cumprod, t_next)
@@ -153,8 +154,8 @@ class Noise(nn.Module):
 # Why is the noise the target, when we want the picture? By Eq. 4, either one gives the other. If
 # the picture is wrong by d, then the noise is wrong by d·√ᾱ_t/√(1−ᾱ_t). So the squared error of the
 # noise is that of the picture times ᾱ_t/(1−ᾱ_t), which is 9999 at t = 0 and 0.084 at t = 500.
-# So it gives more weight to low noise than a loss on x₀, and less than the loss that theory asks
-# for (Eq. 12). It gave the paper its best pictures.
+# The loss on ε gives more weight to low noise than a loss on x₀, and less than the loss that theory
+# asks for (Eq. 12). It gave the paper its best pictures.
 
 
 class Diffusion(Noise):
@@ -221,9 +222,9 @@ def train_step(model, diffusion, optimizer, batch, accum=1):
 # and the estimate grows sharper.
 #
 # The step treats x̂₀ as the truth and picks at random from the Gaussian of Eq. 6 and 7. Is that
-# allowed, if x̂₀ is only an average? Each possible x₀ has its own Gaussian. By Eq. 7 its centre is
-# a number times x₀, plus a part without x₀. So the average of the centres is the centre for the
-# average x₀, which is x̂₀. In a small step the centres nearly coincide, and one Gaussian is enough:
+# allowed, if x̂₀ is only a mean? Each possible x₀ has its own Gaussian. Its centre (the mean of
+# Eq. 7) is a number times x₀, plus a part without x₀. So the mean of the centres is the centre for
+# x̂₀. In a small step the centres nearly coincide, and one Gaussian is enough:
 # hence a thousand steps. The centre alone has too little noise for the next level. Without fresh
 # noise, this step would make pictures that are too smooth.
 #
@@ -427,8 +428,8 @@ class UNet(nn.Module):
 
 # ---- Averaging ---------------------------------------------------------------------------------
 # The weights jitter from batch to batch, and with them the colours of all cats. A running average
-# of the weights makes much better samples. It is only used to sample: it never goes back into the
-# network that is trained. The paper's decay of 0.9999 remembers some 10,000 steps. In a short run
+# of the weights makes much better samples. It is only used to sample: the run that makes it never
+# trains it. The paper's decay of 0.9999 remembers some 10,000 steps. In a short run
 # that is mostly the random start: sampling from such an average gives noise, which looks like a
 # bug in the sampler. So the memory of ours grows with the run: after n steps it is n/19 steps
 # long, and reaches the paper's 10,000 at step 190,000.
@@ -466,11 +467,12 @@ class EMA:
 
 # ==== PART 2: SINCE THE PAPER ===================================================================
 
-# Six departures; each ends with a measurement and the option that goes back. The two that act while
-# sampling are judged by eye. For the other four we train twice for 500 steps on drawn cats: with
-# all four departures, then without this one. The measurement is the squared error of x̂₀ on other
-# drawn cats (one seed; a plain grey picture scores 0.217). We compare at equal σ, as the same t
-# means different noise in each schedule.
+# Six main departures; each ends with a measurement and the option that goes back. (Smaller ones are
+# in `EMA`, `get_batch` and `learning_rate`.) The two that act while sampling are judged by eye. For
+# the other four we train twice for 500 steps on drawn cats: with all four departures, then without
+# this one. The measurement is the squared error of x̂₀ on other drawn cats (one seed; a plain grey
+# picture scores 0.217). We compare at equal σ, as the same t means different noise in each
+# schedule.
 
 # ---- A gentler schedule ------------------------------------------------------------------------
 # The paper's schedule leaves ᾱ = 0.003 at t = 750. In a small picture only the overall brightness
@@ -520,7 +522,7 @@ PREDICTIONS = {"v": VDiffusion, "eps": Diffusion}
 
 # ---- Which noise levels to learn ---------------------------------------------------------------
 # The paper learns all levels equally often. But low noise hides only the grain, and high noise
-# leaves only the colours. So we take only a quarter of the t uniformly, for these two, and the rest
+# leaves only the colours. So we take only a quarter of the t uniformly, for both ends, and the rest
 # with probability proportional to sin(πt/T): mostly from the middle, where the shape of the cat is
 # decided (the idea is that of Esser et al. 2024, arXiv:2403.03206, with another curve). Error at
 # σ = 1: 0.0111, with uniform t 0.0138. At σ = 0.1 it costs: 0.0013, with uniform t 0.0011. Back to
@@ -537,7 +539,7 @@ def middle_levels(u, timesteps=TIMESTEPS, uniform=0.25):
     rest = ((u - uniform) / (1 - uniform)).clamp(min=0)  # from 0 to 1, as u goes to 1
     middle = torch.acos(1 - 2 * rest) / math.pi  # inverts the integral of sin
     fraction = torch.where(u < uniform, u / uniform, middle)  # of T
-    return uniform_levels(fraction, timesteps)  # only makes it a level
+    return (fraction * timesteps).long().clamp(max=timesteps - 1)
 
 
 LEVELS = {"middle": middle_levels, "uniform": uniform_levels}
@@ -580,14 +582,15 @@ LEVELS = {"middle": middle_levels, "uniform": uniform_levels}
 #     the same, 1.0 of the way     8, 10      37, 35        0.96
 #     ddpm, 1,000 calls           11, 15      36, 35        0.93
 #
-# In 25 calls, fresh noise means fewer faults. Extrapolation, or a thousand calls, bring detail and
-# contrast; the detail also shows what the network gets wrong. `ddpm` in 25 calls is judged best,
-# but its cats are soft and pale. So we go 0.8 of the way, and guidance (the next section) brings
-# the missing contrast. Back to the paper: `sample --sampler ddpm --guidance 1`.
+# In 25 calls, fresh noise means fewer faults. `ddpm` is judged best there. But its large steps take
+# the mean x̂₀ for the truth, so its cats are soft and pale, even with guidance (the next section).
+# Extrapolation, or a thousand calls, bring detail and contrast, and with the detail the network's
+# mistakes. We go 0.8 of the way; guidance brings the contrast that is missing then. Back to the
+# paper: `sample --sampler ddpm --guidance 1`.
 
 
-# All steps take the same arguments, so that they fit one table. x0_hat may be extrapolated. Ours do
-# not use `denoise(x_t, t)`: Heun's step (an exercise in README.md) calls the network again.
+# All steps take the same arguments. x0_hat may be extrapolated. `denoise(x_t, t)` is for steps that
+# call the network again, such as Heun's (an exercise in README.md).
 
 
 def ddpm_step(diffusion, x0_hat, x_t, t, t_next, fresh_noise, denoise):
@@ -606,7 +609,7 @@ def ddim_step(diffusion, x0_hat, x_t, t, t_next, fresh_noise, denoise):
 def look_ahead(diffusion, x0_hat, x0_hat_prev, t_prev, t, t_next):
     """How far x0_hat moves to the middle of the coming step (Lu et al. 2022, arXiv:2211.01095)."""
     log_sigma = diffusion.sigma.log()
-    width_prev = at(log_sigma, t) - at(log_sigma, t_prev)  # of the last step; negative: σ falls
+    width_prev = at(log_sigma, t) - at(log_sigma, t_prev)  # of the step before; negative: σ falls
     width = at(log_sigma, t_next) - at(log_sigma, t)  # of the coming one
     slope = (x0_hat - x0_hat_prev) / width_prev
     return slope * width / 2
@@ -626,11 +629,12 @@ def noise_levels(diffusion, calls):
     """The levels of `calls` network calls: T-1, then evenly spaced in log σ, all different."""
     log_sigma = diffusion.sigma.log().cpu()
     levels = [diffusion.timesteps - 1]
-    wanted = torch.linspace(math.log(200), math.log(0.01), calls)  # T-1 for 200, then about 130
+    wanted = torch.linspace(math.log(200), math.log(0.01), calls)  # the first is T-1 instead
     for k in range(1, calls):
         t = (log_sigma - wanted[k]).abs().argmin().item()
         t = min(t, levels[-1] - 1)  # below the one before,
-        levels.append(max(t, calls - 1 - k))  # with room for those to come
+        t = max(t, calls - 1 - k)  # with room for those to come
+        levels.append(t)
     return levels
 
 
@@ -672,7 +676,7 @@ def sample_at(levels, model, diffusion, sampler, x_t, fresh_noise, *cond):
 # arXiv:2406.02507). The early network must make the same mistakes, but larger ones. `train` keeps
 # the averaged weights of training step 1,000, or of an eighth of the run if that is later. Earlier
 # ones differ in the colours, too: with those of step 126, drawn cats came out glaring. (Those in
-# samples/catdiffusion.pt are of step 700 of 8,542, chosen before we had this rule.)
+# samples/catdiffusion.pt, judged below, are older than this rule: of step 700 of 8,542.)
 #
 # We guide only for σ from 5 to 0.5 (compare Kynkäänniemi et al. 2024, arXiv:2404.07724). Above 5
 # guidance exaggerates the colours; below 0.5 we saw no difference. So six of the 25 calls need both
@@ -742,7 +746,7 @@ class Muon(torch.optim.Adam):
         before = {p: p.clone() for stack in self.stacks.values() for p in stack}
         super().step()  # moves the matrices, too: we put them back, and take our own step
         for shape, stack in self.stacks.items():
-            # Adam's mean of the last 20 gradients or so, with a little of the latest in it.
+            # Adam's mean of the last 20 gradients or so, with a little more of the latest.
             means = [p.grad.lerp(self.state[p]["exp_avg"], 0.95).flatten(1) for p in stack]
             scale = 0.2 * max(shape) ** 0.5  # makes a step about as long as Adam's
             rate = self.param_groups[0]["lr"] * scale
@@ -797,7 +801,7 @@ def load_pictures(folders, size, run):
     paths = find_pictures(folders)
     files = [Path(f"{path}{end}") for path in paths for end in ("", ".cat")]
     stats = [(f"{f}", f.stat().st_size, f.stat().st_mtime_ns) for f in files if os.path.exists(f)]
-    # The cache's name changes with all that its content depends on, this code included.
+    # The cache's name changes with the files, the size and the code that reads a file.
     code = inspect.getsource(read_picture), inspect.getsource(as_seen)
     cache = Path(run, f"pictures-{hash_of(stats, size, COLOURS, code):08x}.u8")
     if RANK == 0 and not cache.exists():  # one process decodes for all,
@@ -935,7 +939,7 @@ def draw_cat(rng, size):
 def get_batch(pictures, step, n, seed, choose_t, device):
     """A batch x0, t, eps for `train_step`, all of it from (seed, step) alone.
 
-    So a run that was stopped and resumed sees the same as one that never was. pictures: uint8
+    So a run that was stopped and resumed sees the same as one that never stopped. pictures: uint8
     (N, 3, H, W). n: how many to take. choose_t: a function from LEVELS.
     """
     set_seed(device, seed, step)
@@ -960,10 +964,10 @@ def as_floats(pictures):
 def train(args, pictures=None):
     """Train; resume if the run has a checkpoint. Returns the State. Raises Failure, OSError.
 
-    args: from settings(). pictures: uint8 (N, 3, size, size), instead of args.data. Name a `run` of
-    their own, and resume it only from Python: the command line would go on with drawn cats.
-    (`settings`, without data, chooses lr and steps for drawn cats: for photos say lr=1e-3,
-    steps=50_000.)
+    args: from settings(). pictures: uint8 (N, 3, size, size), instead of args.data. Give them a
+    `run` of their own, and resume it only from Python: the command line would go on with drawn
+    cats. (`settings`, without data, chooses size, lr and steps for drawn cats: for photos say
+    size=64, lr=1e-3, steps=50_000.)
     """
     device = pick_device(args.device)
     if pictures is not None:
@@ -990,8 +994,8 @@ def train(args, pictures=None):
             state.ema.update(state.model, state.step + age)
             state.step += 1
             if (state.step <= 1000 or state.step == args.steps // 8) and not args.init:
-                # The last copy stays (see Guidance). Until then nothing is guided. With --init it
-                # is the other run's: guidance then leads towards the new photos, too.
+                # The last copy stays (see Guidance). Up to step 1,000 nothing is guided. With
+                # --init it is the other run's: guidance then leads towards the new photos, too.
                 state.early.load_state_dict(state.ema.model.state_dict())
             end_of_step(device)
             due = state.step == args.steps or time.perf_counter() >= next_preview
@@ -1371,7 +1375,7 @@ def settings(*words, **given):
     if start:
         with open_checkpoint(start) as checkpoint:
             saved = {k: value for k, value in checkpoint["settings"].items() if k in names}
-    earlier = {**saved, "data": None} if typed.data else saved  # else the folders would add up
+    earlier = {**saved, "data": None} if typed.data else saved  # or folders would add up
     args = parser(**earlier).parse_args(["train", *words, "--run", run])
     changed = {name: was for name, was in saved.items() if vars(args)[name] != was}
     fixed = {name: was for name, was in changed.items() if name in (*FIXED, "init")}
