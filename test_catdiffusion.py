@@ -473,7 +473,8 @@ def test_early_weights_are_the_average_after_1000_steps_and_an_eighth(monkeypatc
     assert torch.equal(state.ema.model.conv_out.weight, state.early.conv_out.weight)
 
 
-def test_a_run_can_start_from_other_weights_and_keeps_their_network(capsys):
+def test_a_run_can_start_from_other_weights_and_keeps_their_network(capsys, monkeypatch):
+    monkeypatch.setattr(cd, "preview", lambda *_: None)  # it takes time
     assert run("train", *SMALL, "--steps", 3, "--schedule", "linear", "--run", "old") == 0
     old = load("old/checkpoint.pt")
     old["early"] = {name: 2 * value for name, value in old["early"].items()}
@@ -566,6 +567,7 @@ def test_of_two_trainings_in_one_folder_none_loses_anything(monkeypatch, capsys)
         Path("r/checkpoint.pt").write_bytes(b"other")
         return train_step(*rest)
 
+    monkeypatch.setattr(cd, "preview", lambda *_: None)
     monkeypatch.setattr(os, "replace", slow)
     monkeypatch.setattr(cd, "train_step", other)
     assert run("train", "--run", "r", "--steps", 4) == 2 and next(busy, None) is None
