@@ -157,6 +157,11 @@ def test_the_formulas_give_the_published_numbers_and_those_of_the_text():
     for t in (0, 499, 900):  # Nichol & Dhariwal 2021, Eq. 17
         f = [math.cos((u / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2 for u in (t + 1, 0)]
         assert COSINE.alphas_cumprod[t].item() == pytest.approx(f[0] / f[1], rel=1e-9)
+    weight_x0, variance = LINEAR.q_posterior(1, 0, 1, 0)
+    weight_x_t, _ = LINEAR.q_posterior(0, 1, 1, 0)
+    got = [value.item() for value in (weight_x0, weight_x_t, variance)]
+    published = [0.5452914995102903, 0.4547084989905303, 5.4531876613021935e-05]
+    assert got == pytest.approx(published, rel=1e-9)
 
 
 def test_v_is_the_velocity_of_x_t_as_the_angle_grows():
