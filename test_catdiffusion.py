@@ -47,6 +47,54 @@ def small_unet():
     return model
 
 
+# ---- Formulas -----------------------------------------------------------------------------------
+def test_the_formulas_give_the_published_numbers_and_those_of_the_text():
+    ts = [int(t) for t in re.search(r"#     t +([\d ]+)\n", TEXT)[1].split()]
+    for name in ("signal_rate", "noise_rate"):
+        row = re.search(rf"#     {name} \S+ +([\d. ]+)\n", TEXT)[1]
+        told = [float(number) for number in row.split()]
+        assert getattr(LINEAR, name)[ts].tolist() == pytest.approx(told, abs=5e-4)
+    x_t = LINEAR.q_sample(0.8, 500, -1.2)
+    mean, variance = LINEAR.q_posterior(0.8, x_t, 500, 499)
+    got = x_t, LINEAR.to_x0(-1.2, x_t, 500), mean, variance.sqrt()
+    for value, told in zip(got, ("-0.9292", "0.8", "-0.9213", "0.1003")):
+        assert value.item() == pytest.approx(float(told), abs=5e-5) and told in TEXT
+    published = [0.9999, 0.07858724288177824, 4.035829765375676e-05]
+    assert LINEAR.alphas_cumprod[[0, 499, 999]].tolist() == pytest.approx(published, rel=1e-12)
+    for t in (0, 499, 900):  # Nichol & Dhariwal 2021, Eq. 17
+        f = [math.cos((u / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2 for u in (t + 1, 0)]
+        assert COSINE.alphas_cumprod[t].item() == pytest.approx(f[0] / f[1], rel=1e-9)
+    weight_x0, variance = LINEAR.q_posterior(1, 0, 1, 0)
+    weight_x_t, _ = LINEAR.q_posterior(0, 1, 1, 0)
+    got = [value.item() for value in (weight_x0, weight_x_t, variance)]
+    published = [0.5452914995102903, 0.4547084989905303, 5.4531876613021935e-05]
+    assert got == pytest.approx(published, rel=1e-9)
+
+
+def test_v_is_the_velocity_of_x_t_as_the_angle_grows():
+    angle = COSINE.sigma.atan()
+    x_400, x_402 = COSINE.q_sample(0.8, torch.tensor([400, 402]), -1.2).flatten()
+    velocity = (x_402 - x_400) / (angle[402] - angle[400])
+    v = COSINE.target(0.8, 401, -1.2)
+    assert v.item() == pytest.approx(velocity.item(), rel=1e-4)
+    assert COSINE.to_x0(v, COSINE.q_sample(0.8, 401, -1.2), 401).item() == pytest.approx(0.8)
+
+
+def test_q_posterior_is_bayes_rule():
+    x0, x_t = 0.4, 0.7
+    grid = torch.linspace(-8, 8, 2_000_001, dtype=torch.float64)
+    for t, t_next in ((1, 0), (999, 998), (999, 400), (60, 20)):
+        abar, abar_next = LINEAR.alphas_cumprod[[t, t_next]].tolist()
+        keep = abar / abar_next  # of the variance, from t_next to t
+        log_p = -((x_t - keep**0.5 * grid) ** 2) / (2 * (1 - keep))  # q(x_t given x at t_next)
+        log_p -= (grid - abar_next**0.5 * x0) ** 2 / (2 * (1 - abar_next))  # times q(that given x0)
+        p = log_p.softmax(0)
+        mean, variance = LINEAR.q_posterior(x0, x_t, t, t_next)
+        assert mean.item() == pytest.approx((p * grid).sum().item(), rel=1e-6)
+        spread = (p * (grid - mean.item()) ** 2).sum()
+        assert variance.item() == pytest.approx(spread.item(), rel=1e-6)
+
+
 # ---- Worlds in which the best network is known --------------------------------------------------
 def best_network(best_x0_hat, diffusion, x_t, t):
     abar = cd.at(diffusion.alphas_cumprod, t)
@@ -138,54 +186,6 @@ def test_guidance_leads_away_from_the_early_network_where_the_face_is_decided():
     guided.early = None  # not called where it does not count
     torch.testing.assert_close(guided(x_t[::3], t[::3]), model(x_t[::3], t[::3]))
     assert guided.to("meta").w.is_meta  # all of it moves to another device
-
-
-# ---- Formulas -----------------------------------------------------------------------------------
-def test_the_formulas_give_the_published_numbers_and_those_of_the_text():
-    ts = [int(t) for t in re.search(r"#     t +([\d ]+)\n", TEXT)[1].split()]
-    for name in ("signal_rate", "noise_rate"):
-        row = re.search(rf"#     {name} \S+ +([\d. ]+)\n", TEXT)[1]
-        told = [float(number) for number in row.split()]
-        assert getattr(LINEAR, name)[ts].tolist() == pytest.approx(told, abs=5e-4)
-    x_t = LINEAR.q_sample(0.8, 500, -1.2)
-    mean, variance = LINEAR.q_posterior(0.8, x_t, 500, 499)
-    got = x_t, LINEAR.to_x0(-1.2, x_t, 500), mean, variance.sqrt()
-    for value, told in zip(got, ("-0.9292", "0.8", "-0.9213", "0.1003")):
-        assert value.item() == pytest.approx(float(told), abs=5e-5) and told in TEXT
-    published = [0.9999, 0.07858724288177824, 4.035829765375676e-05]
-    assert LINEAR.alphas_cumprod[[0, 499, 999]].tolist() == pytest.approx(published, rel=1e-12)
-    for t in (0, 499, 900):  # Nichol & Dhariwal 2021, Eq. 17
-        f = [math.cos((u / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2 for u in (t + 1, 0)]
-        assert COSINE.alphas_cumprod[t].item() == pytest.approx(f[0] / f[1], rel=1e-9)
-    weight_x0, variance = LINEAR.q_posterior(1, 0, 1, 0)
-    weight_x_t, _ = LINEAR.q_posterior(0, 1, 1, 0)
-    got = [value.item() for value in (weight_x0, weight_x_t, variance)]
-    published = [0.5452914995102903, 0.4547084989905303, 5.4531876613021935e-05]
-    assert got == pytest.approx(published, rel=1e-9)
-
-
-def test_v_is_the_velocity_of_x_t_as_the_angle_grows():
-    angle = COSINE.sigma.atan()
-    x_400, x_402 = COSINE.q_sample(0.8, torch.tensor([400, 402]), -1.2).flatten()
-    velocity = (x_402 - x_400) / (angle[402] - angle[400])
-    v = COSINE.target(0.8, 401, -1.2)
-    assert v.item() == pytest.approx(velocity.item(), rel=1e-4)
-    assert COSINE.to_x0(v, COSINE.q_sample(0.8, 401, -1.2), 401).item() == pytest.approx(0.8)
-
-
-def test_q_posterior_is_bayes_rule():
-    x0, x_t = 0.4, 0.7
-    grid = torch.linspace(-8, 8, 2_000_001, dtype=torch.float64)
-    for t, t_next in ((1, 0), (999, 998), (999, 400), (60, 20)):
-        abar, abar_next = LINEAR.alphas_cumprod[[t, t_next]].tolist()
-        keep = abar / abar_next  # of the variance, from t_next to t
-        log_p = -((x_t - keep**0.5 * grid) ** 2) / (2 * (1 - keep))  # q(x_t given x at t_next)
-        log_p -= (grid - abar_next**0.5 * x0) ** 2 / (2 * (1 - abar_next))  # times q(that given x0)
-        p = log_p.softmax(0)
-        mean, variance = LINEAR.q_posterior(x0, x_t, t, t_next)
-        assert mean.item() == pytest.approx((p * grid).sum().item(), rel=1e-6)
-        spread = (p * (grid - mean.item()) ** 2).sum()
-        assert variance.item() == pytest.approx(spread.item(), rel=1e-6)
 
 
 # ---- Training: Algorithm 1 in plain PyTorch, and torch's own optimizers -------------------------
