@@ -1014,10 +1014,8 @@ def train(args, pictures=None):
     if WORLD_SIZE > 1:
         del model  # the wrapper first: as the last to hold the group, it would wait for ever
         torch.distributed.destroy_process_group()  # else its threads may abort as we leave
-    way_on = "the same command resumes"
-    if state.step >= args.steps:
-        way_on = "for more say --steps; to begin anew, name another --run"
-    show(f"saved at step {state.step} of {args.steps}; {way_on}. Now sample:")
+    way_on = "rerun to resume" if state.step < args.steps else "more: --steps; anew: --run"
+    show(f"saved at step {state.step} of {args.steps} ({way_on}). Now sample:")
     show(f'python catdiffusion.py sample -n 8 --checkpoint "{state.path}"')
     return state
 
