@@ -224,9 +224,9 @@ def train_step(model, diffusion, optimizer, batch, accum=1):
 # The step treats x̂₀ as the truth and picks at random from the Gaussian of Eq. 6 and 7. Is that
 # allowed, if x̂₀ is only a mean? Each possible x₀ has its own Gaussian. Its centre (the mean of
 # Eq. 7) is a number times x₀, plus a part without x₀. So the mean of the centres is the centre for
-# x̂₀. In a small step the centres nearly coincide, and one Gaussian is enough:
-# hence a thousand steps. The centre alone has too little noise for the next level. Without fresh
-# noise, this step would make pictures that are too smooth.
+# x̂₀. In a small step the centres nearly coincide, and one Gaussian is enough: hence a thousand
+# steps. The centre alone has too little noise for the next level. Without fresh noise, this step
+# would make pictures that are too smooth.
 #
 # The paper writes the same step with the predicted ε. Put Eq. 15 into Eq. 7, and you get the
 # update in its Algorithm 2. We go through x̂₀ because it can be clipped: at t = 999 an error of
@@ -429,10 +429,10 @@ class UNet(nn.Module):
 # ---- Averaging ---------------------------------------------------------------------------------
 # The weights jitter from batch to batch, and with them the colours of all cats. A running average
 # of the weights makes much better samples. It is only used to sample: the run that makes it never
-# trains it. The paper's decay of 0.9999 remembers some 10,000 steps. In a short run
-# that is mostly the random start: sampling from such an average gives noise, which looks like a
-# bug in the sampler. So the memory of ours grows with the run: after n steps it is n/19 steps
-# long, and reaches the paper's 10,000 at step 190,000.
+# trains it. The paper's decay of 0.9999 remembers some 10,000 steps. In a short run that is mostly
+# the random start: sampling from such an average gives noise, which looks like a bug in the
+# sampler. So the memory of ours grows with the run: after n steps it is n/19 steps long, and
+# reaches the paper's 10,000 at step 190,000.
 
 
 class EMA:
@@ -682,7 +682,7 @@ def sample_at(levels, model, diffusion, sampler, x_t, fresh_noise, *cond):
 # guidance exaggerates the colours; below 0.5 we saw no difference. So six of the 25 calls need both
 # networks, which makes 31.
 #
-# We judged 480 pictures of each row (`dpm-sde`, three seeds of `sample`), as for the last table:
+# We judged 480 pictures of each row as before (`dpm-sde`; three seeds, one is the last table's):
 #
 #                   a fault    believable    contrast
 #     not guided     8, 8       40, 39        0.89
@@ -1293,7 +1293,7 @@ def a_folder(text):
     """A type for argparse: a folder that exists."""
     path = Path(text).expanduser()
     require(text and path.is_dir(), f'no folder "{text}"; name the one with the pictures')
-    return str(path.absolute())
+    return str(path)  # as typed: photos and run may move together
 
 
 def parser(**earlier):
