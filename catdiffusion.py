@@ -17,7 +17,7 @@ The file has four parts. Parts 1 and 2 are the lesson; you may stop reading wher
     2  Since the paper     Six main departures: what was wrong with the paper's choice, what we
                            do instead, what it brought, and the option that goes back.
     3  The program         Pictures. Train. Sample. Command line.
-    4  The machine room    TPU, GPU, CPU, many at once. Files. The paper's own networks. Sheets.
+    4  The machine room    TPU, GPU, CPU, many at once. Files. Lines and sheets.
 
 The notation is the paper's, with two changes: our t starts at 0 and not at 1, and our σ_t is
 noise/signal (the paper's is the spread of one reverse step).
@@ -36,16 +36,14 @@ noise/signal (the paper's is the spread of one reverse step).
 """
 
 import argparse
+import atexit
 import contextlib
 import copy
-import inspect
 import io
-import itertools
 import json
 import math
 import os
 import random
-import re
 import signal
 import sys
 import time
@@ -55,7 +53,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageCms, ImageDraw, ImageOps, PngImagePlugin
+from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
 from torch import nn
 from torchvision import utils
 from torchvision.transforms import functional as TF
@@ -589,17 +587,16 @@ LEVELS = {"middle": middle_levels, "uniform": uniform_levels}
 # paper: `sample --sampler ddpm --guidance 1`.
 
 
-# All steps take the same arguments. x0_hat may be extrapolated. `denoise(x_t, t)` is for steps that
-# call the network again, such as Heun's (an exercise in README.md).
+# All steps take the same arguments. x0_hat may be extrapolated.
 
 
-def ddpm_step(diffusion, x0_hat, x_t, t, t_next, fresh_noise, denoise):
+def ddpm_step(diffusion, x0_hat, x_t, t, t_next, fresh_noise):
     """The paper's step, over any distance: take x0_hat for the truth, pick from Eq. 6 at random."""
     mean, variance = diffusion.q_posterior(x0_hat, x_t, t, t_next)
     return mean + variance.sqrt() * fresh_noise()
 
 
-def ddim_step(diffusion, x0_hat, x_t, t, t_next, fresh_noise, denoise):
+def ddim_step(diffusion, x0_hat, x_t, t, t_next, fresh_noise):
     """x_t is x0_hat and some ε, mixed by Eq. 4. Mix them anew (Song et al. 2021, DDIM, Eq. 12)."""
     # Not the ε of the network: x0_hat was clipped or extrapolated, and both must add up to x_t.
     eps = (x_t - at(diffusion.signal_rate, t) * x0_hat) / at(diffusion.noise_rate, t)
@@ -645,13 +642,10 @@ def sample_at(levels, model, diffusion, sampler, x_t, fresh_noise, *cond):
     With all T levels and `ddpm` it is the same.
     """
 
-    def denoise(x_t, t):
-        return diffusion.denoise(model, x_t, t, *cond)
-
     x0_hat_prev, t_prev = None, None
     for level, level_next in zip(levels, [*levels[1:], None]):
         t = torch.full((len(x_t),), level).to(x_t.device)
-        x0_hat = denoise(x_t, t)
+        x0_hat = diffusion.denoise(model, x_t, t, *cond)
         yield level, x_t, x0_hat
         if level_next is None:
             break  # the last x0_hat is the result
@@ -660,7 +654,7 @@ def sample_at(levels, model, diffusion, sampler, x_t, fresh_noise, *cond):
         if x0_hat_prev is not None:
             move = look_ahead(diffusion, x0_hat, x0_hat_prev, t_prev, t, t_next)
             ahead = x0_hat + sampler.extrapolate * move
-        x_t = sampler.step(diffusion, ahead, x_t, t, t_next, fresh_noise, denoise)
+        x_t = sampler.step(diffusion, ahead, x_t, t, t_next, fresh_noise)
         x0_hat_prev, t_prev = x0_hat, t
 
 
@@ -730,7 +724,7 @@ class Muon(torch.optim.Adam):
     """Adam, except for matrices: those take steps that are equally long in all directions.
 
     Matrices: weights of linear layers and of convolutions (a row for each output channel), except
-    model.conv_out, the last layer. Of Adam they need only the running mean of each gradient.
+    model.conv_out, the last layer. What is frozen is passed over.
     """
 
     def __init__(self, model, **how):
@@ -739,19 +733,23 @@ class Muon(torch.optim.Adam):
         layers.remove(model.conv_out)
         self.stacks = {}  # shape -> matrices; a stack is worked on at once: fewer calls
         for p in [m.weight for m in layers if m.weight.requires_grad]:
+            # In Adam's words; exp_avg is the running mean of its gradients.
+            self.state[p] = {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(p)}
             self.stacks.setdefault(p.flatten(1).shape, []).append(p)
 
     @torch.no_grad()
     def step(self):
-        before = {p: p.clone() for stack in self.stacks.values() for p in stack}
-        super().step()  # moves the matrices, too: we put them back, and take our own step
         for shape, stack in self.stacks.items():
-            # Adam's mean of the last 20 gradients or so, with a little more of the latest.
-            means = [p.grad.lerp(self.state[p]["exp_avg"], 0.95).flatten(1) for p in stack]
+            means = []
+            for p in stack:
+                mean = self.state[p]["exp_avg"].lerp_(p.grad, 0.05)  # of the last 20 or so,
+                means.append(p.grad.lerp(mean, 0.95).flatten(1))  # with a little more of this one
+                p.grad = None  # so Adam, below, passes it over
             scale = 0.2 * max(shape) ** 0.5  # makes a step about as long as Adam's
             rate = self.param_groups[0]["lr"] * scale
             for p, direction in zip(stack, orthogonal(torch.stack(means))):
-                p.copy_(before[p] - rate * direction.view_as(p))
+                p.sub_(rate * direction.view_as(p))
+        super().step()  # all the rest
 
 
 def orthogonal(m):
@@ -780,132 +778,97 @@ OPTIMIZERS = {"muon": Muon, "adam": adam}
 
 # ==== PART 3: THE PROGRAM =======================================================================
 
-# ---- Pictures ----------------------------------------------------------------------------------
-# Pictures come in all shapes and states. We find them, cut out a square (never squash one: a
-# squashed cat teaches squashed cats), shrink it, and write all to one file of plain bytes in the
-# run's folder: at 64 px, 12 KB a picture. Decoding happens once, in threads. From then on that file
-# is mapped into memory, where the system keeps what is in use: a million pictures need no more than
-# a thousand. A batch is one indexing operation, and no worker process is ever needed. (Helpers such
-# as show stand at the end of part 3; RANK, hash_of, write_whole and others in part 4.)
+# What is left: get the pictures, train, sample, read the command line. Whatever depends on the
+# machine is in part 4; here each of those things is one call whose name says what it does.
 
-FORMATS = "JPEG PNG WEBP BMP GIF TIFF AVIF".split()
+# ---- Pictures ----------------------------------------------------------------------------------
+# Photos come in all shapes and states. We take the middle square (never squash: a squashed cat
+# teaches squashed cats), shrink it, and keep all pictures in memory as bytes, 12 KB each at 64 px.
+# A batch is then one indexing operation, and no worker process is ever needed. We decode at each
+# start, in threads. A file of decoded pictures would save that minute, but it can be out of date or
+# half written, and the code against that is longer than this section.
+
+FORMATS = "JPEG PNG WEBP BMP TIFF AVIF".split()  # in Pillow's words
 SUFFIXES = [end for end, kind in Image.registered_extensions().items() if kind in FORMATS]
 Image.MAX_IMAGE_PIXELS = 300_000_000  # more than any phone takes; twice as many are an error
 
 
-def load_pictures(folders, size, run):
-    """Every picture below `folders`, or drawn cats: uint8 (N, 3, size, size)."""
+def load_pictures(folders, size):
+    """All pictures below `folders`, or drawn cats without any: uint8 (N, 3, size, size)."""
     if not folders:
-        cats = (draw_cat(random.Random(i), size) for i in range(2000))
+        cats = [draw_cat(random.Random(i), size) for i in range(2000)]
         return torch.stack([TF.pil_to_tensor(cat) for cat in cats])
     paths = find_pictures(folders)
-    files = [Path(f"{path}{end}") for path in paths for end in ("", ".cat")]
-    stats = [(f"{f}", f.stat().st_size, f.stat().st_mtime_ns) for f in files if os.path.exists(f)]
-    # The cache's name changes with the files, the size and the code that reads a file.
-    code = inspect.getsource(read_picture), inspect.getsource(as_seen)
-    cache = Path(run, f"pictures-{hash_of(stats, size, COLOURS, code):08x}.u8")
-    if RANK == 0 and not cache.exists():  # one process decodes for all,
-        listing = Path(run, "skipped.txt")
-        for old in [listing, *Path(run).glob("pictures-*.u8*")]:
-            old.unlink(missing_ok=True)
-        decoded = decode_pictures(paths, size, listing)
-        write_whole(cache, (picture.contiguous().numpy() for picture in decoded))
-    while not cache.exists():  # and the others wait
-        time.sleep(1)
-    size_in_bytes = cache.stat().st_size
-    flat = torch.from_file(f"{cache}", shared=True, size=size_in_bytes, dtype=torch.uint8)
-    return flat.view(-1, len(COLOURS), size, size)
+
+    def attempt(path):
+        try:
+            return read_picture(path, size)
+        except Exception as e:  # a damaged file can make a decoder raise anything
+            return f"{path}: {e!r}"
+
+    show(f"decoding {len(paths)} pictures", passing=True)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        results = list(pool.map(attempt, paths))
+    skipped = [result for result in results if isinstance(result, str)]
+    require(len(skipped) < len(paths), f"none of {len(paths)} could be read, as {skipped[:1]}")
+    if skipped:
+        show("\n".join([f"{len(skipped)} of {len(paths)} pictures skipped:", *skipped[:10]]))
+    return torch.stack([result for result in results if not isinstance(result, str)])
 
 
 def find_pictures(folders):
-    """All picture files below `folders`, each real file once. Other files are counted."""
-    seen = set()
-    files = [path for folder in folders for path in walk(Path(folder), seen)]
-    found = [path for path in files if path.suffix.lower() in SUFFIXES]
-    kinds = Counter(path.suffix.lower() or "nameless" for path in files)
-    others = [f"{n} {kind}" for kind, n in kinds.items() if kind not in [*SUFFIXES, ".cat"]]
+    """The picture files below `folders`, each real file once. Counts what it passes over."""
+    found = {}  # real path -> path
+    others = Counter()
+    for folder in folders:
+        require(Path(folder).is_dir(), f"{folder}: no such folder; name the one with the pictures")
+        for path in sorted(Path(folder).rglob("[!.]*")):  # macOS leaves ._cat.jpg beside cat.jpg
+            suffix = path.suffix.lower()
+            if suffix in SUFFIXES and path.is_file():
+                found.setdefault(os.path.realpath(path), path)
+            elif path.is_symlink():  # to a folder, say: rglob does not follow it, so no circles
+                others["links"] += 1
+            elif path.is_file() and suffix != ".cat":
+                others[suffix or "without suffix"] += 1
     if others:
-        show(f"passed over: {', '.join(others)} files (convert pictures among them to JPEG)")
+        show(f"passed over (convert pictures among them to JPEG): {dict(others)}")
     require(found, f"{' '.join(map(str, folders))}: no {' '.join(SUFFIXES)} file in there")
-    return found
-
-
-def walk(path, seen):
-    """Yield the files at and below `path`, but no hidden ones, and none twice: `seen` grows."""
-    real = os.path.realpath(path)  # Path.resolve raises where a link points to itself
-    if real in seen or os.path.exists(f"{path}/checkpoint.pt"):
-        return  # a link led back here; or it is a run, and previews are nothing to learn from
-    seen.add(real)
-    if path.is_file():
-        yield path
-    for inside in sorted(path.glob("[!.]*")):  # macOS leaves ._cat.jpg beside cat.jpg
-        yield from walk(inside, seen)
-
-
-def decode_pictures(paths, size, listing):
-    """Yield each picture, uint8 (3, size, size). Damaged files are skipped and listed."""
-    skipped = []
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for first in range(0, len(paths), 100):  # not all at once: they may be a million
-            show(f"decoding pictures, {first} of {len(paths)}", passing=True)
-            some = paths[first : first + 100]
-            jobs = [pool.submit(read_picture, path, size) for path in some]
-            for path, job in zip(some, jobs):
-                error = job.exception()  # a damaged file can make a decoder raise anything
-                if getattr(error, "errno", None) not in (None, 22):  # 22: a bad offset in the file
-                    raise Failure(f"{path}: {error}")  # the drive's fault, not the picture's
-                if error:
-                    skipped.append(f"{path}: {error!r}")
-                else:
-                    yield job.result()
-    require(len(skipped) < len(paths), f"none of {len(paths)} could be read, as {skipped[:1]}")
-    if skipped:
-        listing.write_text("\n".join(skipped), errors="replace")
-        examples = "\n  ".join(skipped[:3])
-        show(f"{len(skipped)} of {len(paths)} pictures skipped, listed in {listing}:\n  {examples}")
+    return list(found.values())
 
 
 def read_picture(path, size):
-    """One file -> uint8 (3, size, size), upright, white behind it. Raises what is wrong with it.
-
-    Beside each picture the CAT dataset (Zhang, Sun, Tang 2008) has a file that marks the eyes, the
-    mouth and three points on each ear, as "9 x1 y1 ... x9 y9": then we take the face alone.
-    """
+    """One file -> uint8 (3, size, size), upright, white behind it. Raises what is wrong with it."""
     with Image.open(path, formats=FORMATS) as image:  # whatever the suffix says
-        comment = f"{image.info.get('comment')}"  # a GIF's
-        ours = "catdiffusion" in image.info or "catdiffusion" in comment
-        require(not ours, "made by this program")
-        if image.mode[0] == "I":  # grey of 16 bits
-            image = image.convert("I").point(lambda value: value / 257).convert("L")
+        # Every PNG that we write says so: no preview or sample is ever learned from.
+        require("catdiffusion" not in image.info, "made by this program")
         if os.path.exists(f"{path}.cat"):
-            nine, *points = map(int, Path(f"{path}.cat").read_text().split())
-            xs, ys = points[0::2], points[1::2]  # in pixels of the picture
-            w, h = max(xs) - min(xs), max(ys) - min(ys)  # of the face
-            require(nine == 9 and len(points) == 18 and min(w, h) > 8, f"{path}.cat marks no face")
-            side = min(1.25 * max(w, h), *image.size)  # a little more than the points, but inside
-            left = min(max((min(xs) + max(xs) - side) / 2, 0), image.width - side)
-            top = (min(ys) + max(ys) - side) / 2 + 0.1 * h  # room for a chin
-            top = min(max(top, 0), image.height - side)
-            image = image.crop((left, top, left + side, top + side))
+            image = image.crop(face_box(f"{path}.cat", *image.size))
         # A JPEG can be decoded at 1/2, 1/4 or 1/8 of its size, for a fraction of the time; but
         # below three times what we need, its fur would come out blurred, or with a false grain.
         image.draft(None, [math.ceil(3 * length * size / min(image.size)) for length in image.size])
-        image = as_seen(image).convert("RGBA")
-        image = ImageOps.fit(image, (size, size), Image.LANCZOS)  # the middle square, shrunk
+        with contextlib.suppress(Exception):  # odd EXIF data: raised only after the turn
+            ImageOps.exif_transpose(image, in_place=True)
+        image = ImageOps.fit(image.convert("RGBA"), (size, size), Image.LANCZOS)  # middle square
         white = Image.new("RGBA", (size, size), "white")  # shows where the picture is transparent
         return TF.pil_to_tensor(Image.alpha_composite(white, image).convert(COLOURS))
 
 
-def as_seen(image):
-    """The PIL image as viewers show it, upright and in sRGB. What they cannot read is ignored."""
-    with contextlib.suppress(Exception):  # a broken EXIF: raised only after the turn
-        ImageOps.exif_transpose(image, in_place=True)
-    with contextlib.suppress(Exception):  # no colour profile, or a broken one
-        profile = io.BytesIO(image.info["icc_profile"])
-        srgb = ImageCms.createProfile("sRGB")
-        mode = "RGBA" if image.mode == "RGBA" else "RGB"
-        image = ImageCms.profileToProfile(image, profile, srgb, outputMode=mode)
-    return image
+def face_box(path, width, height):
+    """The square around a face, as (left, top, right, bottom), inside width x height.
+
+    path: a file of the CAT dataset (Zhang, Sun, Tang 2008), which lies beside the picture and marks
+    the eyes, the mouth and three points on each ear, in pixels: "9 x1 y1 ... x9 y9".
+    """
+    nine, *points = map(int, Path(path).read_text().split())
+    xs = points[0::2]
+    ys = points[1::2]
+    face = max(xs) - min(xs), max(ys) - min(ys)
+    require(nine == 9 and len(points) == 18 and min(face) > 8, f"{path} marks no face")
+    side = min(1.25 * max(face), width, height)  # a little more than the points, but inside
+    left = min(max((min(xs) + max(xs) - side) / 2, 0), width - side)
+    top = (min(ys) + max(ys) - side) / 2 + 0.1 * face[1]  # room for a chin
+    top = min(max(top, 0), height - side)
+    return left, top, left + side, top + side
 
 
 def draw_cat(rng, size):
@@ -926,34 +889,32 @@ def draw_cat(rng, size):
         pen.ellipse((eye - 9, y - 4 - lid, eye + 9, y - 4 + lid), iris)
         pen.ellipse((eye - 3, y - 4 - lid, eye + 3, y - 4 + lid), (15, 15, 15))
     pen.polygon([(x - 5, y + 11), (x + 5, y + 11), (x, y + 17)], (225, 140, 150))  # nose
-    image = image.resize((size, size), Image.LANCZOS)  # drawn large, then shrunk: smooth edges
-    return image.convert(COLOURS)
+    # Drawn large, then shrunk: smooth edges.
+    return image.resize((size, size), Image.LANCZOS).convert(COLOURS)
 
 
 # ---- Train -------------------------------------------------------------------------------------
-# The loop is what Algorithm 1 says: a batch, a training step, and the average on top. A batch
-# follows from the step's number, so the `State` is all that must be kept. One file holds it, and a
-# stopped run resumes as if it had never stopped.
+# The loop from the end of part 1, with what a run of many hours needs. A batch follows from the
+# number of the training step, so little must be kept: the `State`. One file holds it, and a stopped
+# run resumes as if it had never stopped.
 
 
-def get_batch(pictures, step, n, seed, choose_t, device):
-    """A batch x0, t, eps for `train_step`, all of it from (seed, step) alone.
+def get_batch(pictures, step, args, device):
+    """A batch x0, t, eps for `train_step`, all of it from (args.seed, step) alone.
 
     So a run that was stopped and resumed sees the same as one that never stopped. pictures: uint8
-    (N, 3, H, W). n: how many to take. choose_t: a function from LEVELS.
+    (N, 3, H, W). args: settings; batch and levels count here.
     """
-    set_seed(device, seed, step)
-    index = torch.randint(len(pictures), (n,))
-    mirrored = torch.rand(n) < 0.5
+    set_seed(device, args.seed, step)
+    index = torch.randint(len(pictures), (args.batch,))
+    mirrored = torch.rand(args.batch) < 0.5
     # The t of a batch are spread evenly, from one random number: each t is as likely as before, but
     # no batch is all noise (Kingma et al. 2021, arXiv:2107.00630).
-    t = choose_t((torch.rand(1) + torch.arange(n)) / n)
-    eps = torch.randn(n, *pictures.shape[1:], device=device)  # made where it is used
-    mine = slice(RANK, None, WORLD_SIZE)  # of several processes, each takes its share
-    x0 = as_floats(pictures[index[mine]].to(device))
-    x0 = torch.where(mirrored[mine].to(device)[:, None, None, None], x0.flip(3), x0)
-    set_seed(device, seed, step, RANK)  # from here on, for dropout
-    return over_cores([x0, t[mine].to(device), eps[mine]])
+    t = LEVELS[args.levels]((torch.rand(1) + torch.arange(args.batch)) / args.batch)
+    eps = torch.randn(args.batch, *pictures.shape[1:], device=device)  # made where it is used
+    x0 = as_floats(pictures[index].to(device))
+    x0 = torch.where(mirrored.to(device)[:, None, None, None], x0.flip(3), x0)
+    return share_out([x0, t.to(device), eps])
 
 
 def as_floats(pictures):
@@ -961,36 +922,112 @@ def as_floats(pictures):
     return pictures.float() / 127.5 - 1
 
 
+def learning_rate(step, steps, peak):
+    """The rate at a training step: `peak`, times three factors of at most 1.
+
+    1. It rises during the first 200 steps (fewer in a short run): the optimizer's means are young.
+    2. From step 1,000 on it falls as 1/√step. NOTE the paper keeps its rate after a warm-up. Muon
+       at a constant 2e-3 spoiled a network on photos: its loss rose from 0.085 at step 1,300 to
+       0.096 at 9,000.
+    3. In the last fifth it falls to almost 0, and the network settles.
+    """
+    warm_up = (step + 1) / min(200, 0.4 * steps)
+    slower = (1000 / (step + 1)) ** 0.5
+    last_fifth = (steps - step) / (steps / 5)
+    return peak * min(1, warm_up) * min(1, slower) * min(1, last_fifth)
+
+
+class State:
+    """All that changes in a run. Its checkpoint holds this and the settings, and nothing else.
+
+    model learns, ema.model is its average, early is an early copy of that (see Guidance). step:
+    training steps made, in so many `seconds`. log: a dict for each record.
+    """
+
+    def __init__(self, args, device):
+        self.model, self.diffusion = build(args, device)
+        self.ema = EMA(self.model, args.ema)
+        self.early = copy.deepcopy(self.ema.model)
+        self.optimizer = build_optimizer(args.optimizer, self.model, device)
+        self.parts = {"model": self.model, "ema": self.ema.model, "early": self.early}
+        self.parts["optimizer"] = self.optimizer
+        self.step = 0
+        self.seconds = 0.0
+        self.log = []
+
+    def save(self, args):
+        """Write it to the run's checkpoint, all or nothing. Raises Failure."""
+        path = Path(args.run, "checkpoint.pt")
+        finite = all(p.isfinite().all() for p in self.model.parameters())
+        require(finite, f"no longer finite: rerun with less --lr than {args.lr:g}. {path} is whole")
+        data = {"settings": vars(args), "step": self.step, "seconds": self.seconds, "log": self.log}
+        data |= {name: part.state_dict() for name, part in self.parts.items()}
+        buffer = io.BytesIO()  # torch, writing to a full disk itself, may end the whole process
+        torch.save(data, buffer)
+        write_whole(path, buffer.getbuffer())
+
+    def load(self, saved):
+        """Take over what `save` wrote."""
+        self.step = saved["step"]
+        self.seconds = saved["seconds"]
+        self.log = saved["log"]
+        # The optimizer's means come from the file, its options (fused, ...) from this device.
+        saved["optimizer"]["param_groups"] = self.optimizer.state_dict()["param_groups"]
+        for name, part in self.parts.items():
+            part.load_state_dict(saved[name])
+
+
+def start_or_resume(args, device):
+    """The State of the run in args.run, or of a new one. Raises Failure."""
+    set_seed(device, args.seed)  # the same network each time
+    state = State(args, device)
+    path = Path(args.run, "checkpoint.pt")
+    if path.exists():
+        saved = read_checkpoint(path)
+        was = saved["settings"]
+        require_same_network(args, was, path)
+        args.init = was["init"]  # a run begins only once
+        if changes := differences(was, args, vars(args)):
+            show(f"unlike the run so far, which had {changes}")
+        if args.optimizer != was["optimizer"]:
+            saved["optimizer"] = state.optimizer.state_dict()  # the new one starts afresh
+        state.load(saved)
+    elif args.init:
+        saved = read_checkpoint(args.init)
+        require_same_network(args, saved["settings"], args.init)
+        state.model.load_state_dict(saved["ema"])
+        state.ema.model.load_state_dict(saved["ema"])
+        state.early.load_state_dict(saved.get("early", saved["ema"]))
+    return state
+
+
 def train(args, pictures=None):
     """Train; resume if the run has a checkpoint. Returns the State. Raises Failure, OSError.
 
-    args: from settings(). pictures: uint8 (N, 3, size, size), instead of args.data. Give them a
-    `run` of their own, and resume it only from Python: the command line would go on with drawn
-    cats. (`settings`, without data, chooses size, lr and steps for drawn cats: for photos say
-    size=64, lr=1e-3, steps=50_000.)
+    args: from settings(). pictures: uint8 (N, 3, size, size), instead of args.data. (`settings`,
+    without data, chooses size, lr and steps for drawn cats: for photos say size=64, lr=1e-3,
+    steps=50_000.)
     """
     device = pick_device(args.device)
-    if pictures is not None:
-        shape = len(COLOURS), args.size, args.size
-        good = pictures.dtype == torch.uint8 and pictures.shape[1:] == shape
-        require(good, f"pictures must be uint8, (N, {shape}): say settings(size=...)")
-    else:
-        pictures = load_pictures(args.data, args.size, args.run)
+    state = start_or_resume(args, device)
+    if pictures is None:
+        pictures = load_pictures(args.data, args.size)
+    side = pictures.shape[-1]
+    require(side == args.size, f"pictures of {side} px: say settings(size={side})")
     Path(args.run, "previews").mkdir(parents=True, exist_ok=True)
-    set_seed(device, args.seed)  # the same network each time
-    state = State(args, device)
     few = " (few: see --init in README.md)" if len(pictures) < 1000 and not args.init else ""
     show(f"{len(pictures)} pictures of {args.size} px{few}; on {device}; previews go to {args.run}")
     age = 1000 if args.init else 0  # of the average: it does not soon forget good weights
-    model = over_processes(state.model, args.accum)
-    next_preview = state.since + 60 * min(1, args.every)  # the first after a minute
-    choose_t = LEVELS[args.levels]
-    with stop_requests() as asked:  # a training step is always finished
-        while state.step < args.steps and not asked():
-            batch = get_batch(pictures, state.step, args.batch, args.seed, choose_t, device)
+    model = over_processes(state.model)
+    losses = []  # since the last record; they stay on the device until we show them
+    since = time.perf_counter()  # when this record began
+    next_preview = since + 60 * min(1, args.every)  # the first after a minute
+    with stop_requests() as stop_requested:  # Ctrl-C lets the training step finish
+        while state.step < args.steps and not stop_requested():
+            batch = get_batch(pictures, state.step, args, device)
             rate = learning_rate(state.step, args.steps, args.lr)
             state.optimizer.param_groups[0]["lr"] = torch.tensor(rate).to(device)
-            loss = train_step(model, state.diffusion, state.optimizer, batch, args.accum)
+            losses.append(train_step(model, state.diffusion, state.optimizer, batch, args.accum))
             state.ema.update(state.model, state.step + age)
             state.step += 1
             if (state.step <= 1000 or state.step == args.steps // 8) and not args.init:
@@ -998,121 +1035,34 @@ def train(args, pictures=None):
                 # --init it is the other run's: guidance then leads towards the new photos, too.
                 state.early.load_state_dict(state.ema.model.state_dict())
             end_of_step(device)
-            due = state.step == args.steps or time.perf_counter() >= next_preview
-            state.report(args, loss, due)
-            if due:
-                if RANK == 0:
-                    try:
-                        state.save(args)
-                    except OSError as e:  # a full disk, say; it may have room by the next time
-                        show(f"step {state.step}: {e}")
-                    preview(state, args, pictures)
-                state.since = time.perf_counter()  # previews do not count
-                next_preview = state.since + 60 * args.every
-        if RANK == 0:
-            state.save(args)  # after a stop; and now a full disk is an error
-    if WORLD_SIZE > 1:
-        del model  # the wrapper first: as the last to hold the group, it would wait for ever
-        torch.distributed.destroy_process_group()  # else its threads may abort as we leave
+
+            now = time.perf_counter()
+            preview_due = state.step == args.steps or now >= next_preview
+            if preview_due or now >= since + 10:  # a record; not each step, as it has to wait
+                losses = [float(loss) for loss in losses]  # for the device
+                mean_loss = sum(losses) / len(losses)
+                if not math.isfinite(mean_loss):
+                    break  # `save` says what to do
+                speed = len(losses) / (now - since)
+                left = (args.steps - state.step) / speed / 60
+                text = f"step {state.step} of {args.steps}, loss {mean_loss:.4f}"
+                text += f", {speed * args.batch:.0f} pictures/s, {left:.0f} min left"
+                show(text, passing=sys.stdout.isatty())
+                state.seconds += now - since
+                record = {"step": state.step, "minutes": state.seconds / 60, "loss": mean_loss}
+                state.log.append(record)
+                losses = []
+                since = now
+            if preview_due:
+                state.save(args)
+                preview(state, args, pictures)
+                since = time.perf_counter()  # a preview is no training
+                next_preview = since + 60 * args.every
+        state.save(args)
     way_on = "rerun to resume" if state.step < args.steps else "more: --steps; anew: --run"
     show(f"saved at step {state.step} of {args.steps} ({way_on}). Now sample:")
-    show(f'python catdiffusion.py sample -n 8 --checkpoint "{state.path}"')
+    show(f'python catdiffusion.py sample -n 8 --checkpoint "{args.run}"')
     return state
-
-
-def learning_rate(step, steps, peak):
-    """Up in 200 steps, then `peak`; from step 1,000 on it falls as 1/√step, and in the last fifth
-    to almost 0."""
-    # NOTE the paper keeps its rate after a warm-up. Muon at a constant 2e-3 spoiled a network on
-    # photos: its loss rose from 0.085 at step 1,300 to 0.096 at 9,000. In the last fifth the
-    # network settles. Not exactly 0: a rate of 0 marks a skipped step.
-    warm_up = (step + 1) / min(200, 0.4 * steps)  # a short run warms up in less
-    slower = (1000 / (step + 1)) ** 0.5
-    last_fifth = (steps - step) / (steps / 5)
-    return peak * min(1, warm_up, slower) * min(1, last_fifth)
-
-
-class State:
-    """All that changes in a run, read from its folder if it is there; and the status line.
-
-    The line knows only the clock and the losses of this process: others need not be asked.
-    """
-
-    def __init__(self, args, device):
-        self.path = Path(args.run, "checkpoint.pt")
-        resumed = self.path.exists()
-        self.model, self.diffusion = build(args, device)
-        self.early = copy.deepcopy(self.model).eval().requires_grad_(False)
-        if args.init and not resumed:
-            with open_checkpoint(args.init) as saved:
-                self.model.load_state_dict(saved["ema"])
-                self.early.load_state_dict(saved.get("early", saved["ema"]))
-        self.ema = EMA(self.model, args.ema)
-        self.guided = Guided(self.ema.model, self.early, self.diffusion)  # what is sampled with
-        self.optimizer = build_optimizer(args.optimizer, self.model, device)
-        self.parts = {"model": self.model, "ema": self.ema.model, "early": self.early}
-        self.parts["optimizer"] = self.optimizer
-        self.step = 0  # training steps made
-        self.seconds = 0.0  # of training
-        self.log = []  # a dict for each record
-        self.losses = []  # since the last record; NaN if the step was skipped
-        self.end = b""  # the checkpoint's last bytes: they tell whether it is still ours
-        self.since = self.next_line = time.perf_counter()  # when this record began
-        self.next_record = self.since + 10
-        if resumed:
-            self.load()
-
-    def save(self, args):
-        """Write it to one file, with the settings; all or nothing. Raises Failure, OSError."""
-        data = {"settings": vars(args), "step": self.step, "seconds": self.seconds, "log": self.log}
-        data |= {name: part.state_dict() for name, part in self.parts.items()}
-        buffer = io.BytesIO()  # torch, writing to a full disk itself, may end the whole process
-        torch.save(data, buffer)
-        ours = end_of(self.path) in (self.end, b"")  # b"": no file. Else another was here
-        path = self.path if ours else self.path.with_name(f"checkpoint-{os.getpid()}.pt")
-        write_whole(path, [buffer.getbuffer()])
-        require(ours, f"another training writes to {args.run}; this one is saved in {path}")
-        self.end = end_of(path)
-
-    def load(self):
-        """Read it back. Raises Failure if the file is damaged."""
-        self.end = end_of(self.path)
-        with open_checkpoint(self.path) as saved:
-            # Adam's averages come from the file, its options (fused, ...) from this device.
-            saved["optimizer"]["param_groups"] = self.optimizer.state_dict()["param_groups"]
-            for name, part in self.parts.items():
-                part.load_state_dict(saved[name])
-            self.step = saved["step"]
-            self.seconds = saved["seconds"]
-            self.log = saved["log"]
-
-    def report(self, args, loss, due):
-        """Note the loss of a step. When it is time, show the line; every 30 s, or if due, log."""
-        good = self.optimizer.param_groups[0]["lr"] > 0  # 0: see skip_broken_step
-        self.losses.append(torch.where(good, loss, math.nan))  # stays on the device
-        now = time.perf_counter()
-        if now < self.next_line and not due:
-            return
-        self.next_line = now + 1  # at most once a second, as this waits for the device
-        self.losses = [float(loss) for loss in self.losses]
-        count = len(self.losses)
-        skipped = sum(map(math.isnan, self.losses))
-        stuck = count >= 50 and skipped == count
-        require(not stuck, f"{count} steps in a row not finite: take a smaller --lr")
-        mean_loss = torch.tensor(self.losses).nanmean().item()
-        speed = count / (now - self.since)
-        left = (args.steps - self.step) / speed / 60
-        recorded = skipped < count and (due or now >= self.next_record)
-        text = f"step {self.step} of {args.steps}, loss {mean_loss:.4f}"
-        text += f", {speed * args.batch:.0f} pictures/s, {left:.0f} min left"
-        show(text, passing=sys.stdout.isatty() or not recorded)  # without a terminal: the records
-        if recorded:
-            self.seconds += now - self.since
-            record = {"step": self.step, "minutes": self.seconds / 60}
-            self.log.append(record | {"loss": mean_loss, "skipped": skipped})
-            self.losses = []
-            self.since = now
-            self.next_record = now + 30
 
 
 def preview(state, args, pictures):
@@ -1121,14 +1071,16 @@ def preview(state, args, pictures):
     previews/STEP.png: 16 samples, from the same noise each time. reconstruction.png, loss.png: see
     their functions (the first is not guided). log.jsonl: the log, a line for each record.
     """
-    folder = Path(args.run)
+    run = Path(args.run)
     try:
-        *_, (_, _, x0_hat) = sample(state.guided, state.diffusion, 16)
-        make_sheet(x0_hat).save(folder / "previews" / f"{state.step:06}.png")
-        (folder / "log.jsonl").write_text("\n".join(map(json.dumps, state.log)))
+        guided = Guided(state.ema.model, state.early, state.diffusion)
+        *_, (_, _, x0_hat) = sample(guided, state.diffusion, 16)
         x0 = as_floats(pictures[:1]).to(x0_hat.device)
-        reconstruction(state.ema.model, state.diffusion, x0).save(folder / "reconstruction.png")
-        loss_curve(state.log).save(folder / "loss.png")
+        rebuilt = reconstruction(state.ema.model, state.diffusion, x0)
+        write_image(run / "previews" / f"{state.step:06}.png", make_sheet(x0_hat), vars(args))
+        write_image(run / "reconstruction.png", rebuilt, vars(args))
+        write_image(run / "loss.png", loss_curve(state.log), vars(args))
+        write_whole(run / "log.jsonl", "\n".join(map(json.dumps, state.log)).encode())
     except Exception as e:
         show(f"no preview at step {state.step}: {e!r}")
 
@@ -1162,8 +1114,8 @@ def loss_curve(log):
 
 
 # ---- Sample ------------------------------------------------------------------------------------
-# The other command. The checkpoint knows its network, so nothing has to be said twice. Each file
-# that it writes says in its text how it was made.
+# The other command. The checkpoint knows its network, so nothing has to be said twice. A file's
+# name says which weights made it: training step, seed, number. The file itself says the rest.
 
 
 def sample(
@@ -1196,57 +1148,45 @@ def sample(
 
 
 def write_samples(args):
-    """Make pictures as `args` say (sample's options), and their files. Each file stores `args`."""
-    runs = filter(os.path.exists, ("run/checkpoint.pt", "run-drawn/checkpoint.pt"))
-    shipped = Path(__file__).parent / "samples" / "catdiffusion.pt"
-    args.checkpoint = args.checkpoint or str(max(runs, key=os.path.getmtime, default=shipped))
-    args.steps = args.steps or SAMPLERS[args.sampler].calls
+    """The command `sample`: make pictures as `args` say, and write them."""
     device = pick_device(args.device)
-    model, diffusion, args.trained_steps = load_checkpoint(args.checkpoint, device, args.guidance)
-    training = find_pictures([args.nearest]) if args.nearest else None
+    model, diffusion, trained = load_checkpoint(args.checkpoint, device, args.guidance)
+    pictures = load_pictures([args.nearest], model.size) if args.nearest else None
     if not isinstance(model, Guided):
         args.guidance = 1.0  # without early weights there is none
-    trained = f"trained for {args.trained_steps} steps"
-    show(f"sampling with {args.checkpoint}, {trained}, guidance {args.guidance:g}")
-    if args.out.endswith(("/", os.sep)) or Path(args.out).is_dir():
-        args.out = str(Path(args.out, "cat"))
-    stem = f"{args.out}-{args.seed}"
-    begun = time.perf_counter()
-    numbers = range(args.first, args.first + args.n)
-    files, shown, frames = [], [], []
-    for before in range(0, args.n, args.batch):
-        some = numbers[before : before + args.batch]
-        chain = sample(model, diffusion, len(some), args.sampler, args.steps, args.seed, some[0])
-        for k, (_, x_t, x0_hat) in enumerate(chain, 1):
-            done = (before + len(some) * k / args.steps) / args.n
-            left = (time.perf_counter() - begun) * (1 - done) / done
-            show(f"pictures {some[0]} to {some[-1]}, call {k}, {left:.0f} s left", passing=True)
-            filmed = k % math.ceil(args.steps / 50) == 0 or k == args.steps
-            if args.gif and before == 0 and filmed:
+    show(f"sampling with {args.checkpoint} of step {trained}, guidance {args.guidance:g}")
+    about = vars(args) | {"trained_steps": trained}
+    folder = args.out.endswith(("/", os.sep)) or Path(args.out).is_dir()
+    stem = f"{Path(args.out, 'cat') if folder else args.out}-{trained}-{args.seed}"
+    done = []  # all pictures so far, (3, size, size)
+    frames = []
+    while len(done) < args.n:
+        first = args.first + len(done)
+        n = min(args.batch, args.n - len(done))
+        chain = sample(model, diffusion, n, args.sampler, args.steps, args.seed, first)
+        for call, (_, x_t, x0_hat) in enumerate(chain, 1):
+            show(f"pictures {first} to {first + n - 1}, call {call} of {args.steps}", passing=True)
+            filmed = call % math.ceil(args.steps / 50) == 0 or call == args.steps
+            if args.gif and not done and filmed:
                 frames.append(make_sheet(torch.cat([x_t, x0_hat], 3)))  # side by side
-        for number, image in zip(some, to_images(x0_hat)):  # each batch as soon as it is made
-            about = vars(args) | {"number": number}
-            files.append(save_new(image, f"{stem}-{number:04}.png", about))
-        shown = [*shown, *x0_hat.cpu()][:400]  # enough for the sheets
-    x0 = torch.stack(shown)
-    sheets = [save_new(make_sheet(x0), f"{stem}-grid.png", vars(args))]
-    if training:
-        sheet = beside_nearest(x0, training, Path(f"{stem}-skipped.txt"))
-        sheets.append(save_new(sheet, f"{stem}-nearest.png", vars(args)))
+        for number, image in enumerate(to_images(x0_hat), first):
+            write_image(f"{stem}-{number:04}.png", image, about | {"number": number})
+        done.extend(x0_hat.cpu())
+    x0 = torch.stack(done[:400])  # enough for a sheet
+    write_image(f"{stem}-grid.png", make_sheet(x0), about)
+    if args.nearest:
+        write_image(f"{stem}-nearest.png", beside_nearest(x0, pictures), about)
     if frames:
         times = [80] * (len(frames) - 1) + [3000]  # milliseconds: it rests on the last
-        how = {"save_all": True, "append_images": frames[1:], "duration": times, "loop": 0}
-        sheets.append(save_new(frames[0], f"{stem}.gif", vars(args), **how))
-    for path in sheets + files:
-        show(f'"{path}"')
+        film = {"save_all": True, "append_images": frames[1:], "duration": times, "loop": 0}
+        write_image(f"{stem}.gif", frames[0], about, **film)
 
 
-def beside_nearest(x, paths, listing):
-    """A sheet of pairs: each picture of x (M, 3, H, W), and the nearest of those in the files.
+def beside_nearest(x, pictures):
+    """A sheet of pairs: each picture of x (M, 3, H, W), and the nearest of `pictures`, uint8.
 
-    The distance is Euclid's, over all pixels. listing: for damaged files.
+    The distance is Euclid's, over all pixels.
     """
-    pictures = torch.stack(list(decode_pictures(paths, x.shape[-1], listing)))
     pictures = torch.cat([pictures, pictures.flip(3)])  # as in training, either way round
     parts = [torch.cdist(x.flatten(1), as_floats(p).flatten(1)) for p in pictures.split(500)]
     nearest = torch.cat(parts, 1).argmin(1)  # (M,)
@@ -1254,15 +1194,13 @@ def beside_nearest(x, paths, listing):
 
 
 # ---- Command line ------------------------------------------------------------------------------
-# Two commands, one line an option. A checkpoint stores train's settings; so `sample` knows which
-# network to build. Bad input gets one line and exit code 2; a bug of ours shows its traceback.
-
-# What stays as it is in a run: the weights were learned with it.
-FIXED = "size", "channels", "mults", "blocks", "attention", "schedule", "prediction"
+# Two commands, one line an option: its default, and why. argparse tells what is wrong with one
+# option; `complete` what is wrong with several. Bad input gets a line and exit code 2; a bug of
+# ours shows its traceback.
 
 
-class Failure(argparse.ArgumentTypeError):
-    """Something the user can mend: main() prints it in one line. (argparse passes on its text.)"""
+class Failure(Exception):
+    """Something the user can mend: main() prints it in one line."""
 
 
 def require(holds, message):
@@ -1271,128 +1209,87 @@ def require(holds, message):
         raise Failure(message)
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse's, but an error is a Failure."""
-
-    def error(self, message):
-        raise Failure(message)
-
-
-def within(least, most=math.inf):
-    """A type for argparse: a number from `least` to `most`, int or float as `least` is."""
-
-    def number(text):
-        value = type(least)(text)  # a ValueError is told by argparse
-        require(least <= value <= most, f"{text} is not from {least} to {most}")
-        return value
-
-    return number
-
-
-def a_folder(text):
-    """A type for argparse: a folder that exists."""
-    path = Path(text).expanduser()
-    require(text and path.is_dir(), f'no folder "{text}"; name the one with the pictures')
-    return str(path)  # as typed: photos and run may move together
-
-
-def parser(**earlier):
-    """The command line, as argparse wants it. earlier: other defaults for `train`."""
+def parser():
+    """The command line, as argparse wants it."""
     how = {"allow_abbrev": False, "formatter_class": argparse.ArgumentDefaultsHelpFormatter}
-    top = Parser("catdiffusion.py", description=__doc__.split("\n")[0], **how)
+    how["usage"] = "python %(prog)s [options]; --help lists them"
+    top = argparse.ArgumentParser("catdiffusion.py", description=__doc__.split("\n")[0])
     commands = top.add_subparsers(dest="command", required=True, metavar="train|sample")
 
-    train = commands.add_parser("train", help="learn from pictures", **how)
-    add = train.add_argument
+    add = commands.add_parser("train", help="learn from pictures", **how).add_argument
     # the run
-    add("--data", type=a_folder, nargs="+", action="extend", help="folders; None: drawn cats")
+    add("--data", nargs="+", action="extend", help="folders with pictures; None: drawn cats")
     add("--run", help="folder for checkpoint and previews; None: run, or run-drawn without --data")
     add("--init", help="checkpoint to start from; None: from random weights")
-    add("--steps", type=within(1), help="of training; None: 50000, drawn cats 2000")
-    add("--every", type=within(0.0), default=5.0, help="minutes between two previews, and saves")
+    add("--steps", type=int, help="of training; None: 50000 (hours), drawn cats 2000 (minutes)")
+    add("--every", type=float, default=5.0, help="minutes between two previews, and saves")
     add("--device", default="auto", help="tpu, cuda, mps, xpu or cpu; auto takes the best there is")
-    add("--seed", type=within(0), default=0, help="start of all randomness: same seed, same run")
+    add("--seed", type=int, default=0, help="start of all randomness: same seed, same run")
     # the network, see UNet
-    add("--size", type=within(1), help="side of the pictures; None: 64, drawn cats 32")
-    add("--channels", type=within(8), default=32, help="maps at full size, a multiple of 4")
-    add("--mults", type=within(1), nargs="+", help="of channels; None: 1 2 4 4 for 64 px")
-    add("--blocks", type=within(1), default=1, help="residual blocks at each resolution")
-    add("--attention", type=within(1), nargs="*", help="sides with it; None: the largest up to 16")
-    add("--dropout", type=within(0.0, 0.9), default=0.0, help="0.1 when pictures are few")
+    add("--size", type=int, help="side of the pictures; None: 64, drawn cats 32")
+    add("--channels", type=int, default=32, help="maps at full size, a multiple of 4")
+    add("--mults", type=int, nargs="+", help="of channels; None: 1 2 4 4 for 64 px")
+    add("--blocks", type=int, default=1, help="residual blocks at each resolution")
+    add("--attention", type=int, nargs="*", help="sides with it; None: the largest up to 16")
+    add("--dropout", type=float, default=0.0, help="0.1 when pictures are few")
     # the recipe, see part 2
-    add("--batch", type=within(1), default=16, help="pictures a step; 64 and more on a GPU")
-    add("--accum", type=within(1), default=1, help="cut a batch in parts, to save memory")
+    add("--batch", type=int, default=16, help="pictures a step; 64 and more on a GPU")
+    add("--accum", type=int, default=1, help="cut a batch in parts, to save memory")
     add("--optimizer", choices=OPTIMIZERS, default="muon", help="adam is the paper's")
-    add("--lr", type=within(1e-9, 1.0), help="rate; None: 1e-3, drawn cats 2e-3, adam 2e-4")
-    add("--ema", type=within(0.0, 1.0), default=0.9999, help="decay of the average of the weights")
+    add("--lr", type=float, help="rate; None: 1e-3, drawn cats 2e-3, adam 2e-4")
+    add("--ema", type=float, default=0.9999, help="decay of the average of the weights")
     add("--schedule", choices=SCHEDULES, default="cosine", help="of the noise")
     add("--prediction", choices=PREDICTIONS, default="v", help="what the network predicts")
     add("--levels", choices=LEVELS, default="middle", help="the t that are learned most")
-    train.set_defaults(**earlier)
 
     add = commands.add_parser("sample", help="make new pictures", **how).add_argument
     add("--checkpoint", help="None: the newer of run and run-drawn, or the cats that come along")
-    add("-n", "--n", type=within(1), default=8, help="how many pictures")
-    add("--seed", type=within(0), default=0, help="another seed, other cats")
-    add("--first", type=within(0), default=0, help="number of the first picture of that seed")
+    add("-n", "--n", type=int, default=8, help="how many pictures")
+    add("--seed", type=int, default=0, help="another seed, other cats")
+    add("--first", type=int, default=0, help="number of the first picture of that seed")
     add("--out", default="samples/cat", help="start of the files' names, or a folder/")
     add("--gif", action="store_true", help="animate the denoising of the first batch")
     add("--device", default="auto", help="tpu, cuda, mps, xpu or cpu; auto takes the best there is")
-    add("--batch", type=within(1), default=16, help="pictures at once")
+    add("--batch", type=int, default=16, help="pictures at once")
     add("--sampler", choices=SAMPLERS, default="dpm-sde", help="see part 2")
-    add("--steps", type=within(1, TIMESTEPS), help="network calls; None: 25, ddim 50, ddpm 1000")
-    add("--guidance", type=within(0.0, 100.0), default=2.3, help="by early weights; 1: none")
-    add("--nearest", type=a_folder, help="training pictures; the sheet has the nearest to each")
+    add("--steps", type=int, help="network calls; None: 25, ddim 50, ddpm 1000")
+    add("--guidance", type=float, default=2.3, help="by early weights; 1: none")
+    add("--nearest", help="folder of training pictures; a sheet shows the nearest to each sample")
     return top
 
 
-def as_words(values):
-    """Settings as one would type them: a dict -> a list of words."""
-    words = []
-    for name, value in values.items():
-        if value is not None:  # None means: choose for me
-            several = value if isinstance(value, (list, tuple)) else [value]
-            words += [f"--{name}", *map(str, several)]
-    return words
-
-
-def settings(*words, **given):
-    """All settings of `train`, completed and checked: from a command line's words, or by name.
-
-    The rule of resuming: what is given wins, then what the run in its folder has, then the default.
-    But what the weights have learned with stays. Raises Failure.
-    """
-    words = [*words, *as_words(given)]
-    typed = parser().parse_args(["train", *words])  # run, data, init, lr: None if not typed
-    run = typed.run or ("run" if typed.data else "run-drawn")
-    resumed = Path(run, "checkpoint.pt").exists()
-    start = run if resumed else typed.init
-    # Folder and device are chosen each time. From --init a new run takes the network alone.
-    names = set(vars(typed)) - {"run", "device"} if resumed else FIXED
-    saved = {}
-    if start:
-        with open_checkpoint(start) as checkpoint:
-            saved = {k: value for k, value in checkpoint["settings"].items() if k in names}
-    earlier = {**saved, "data": None} if typed.data else saved  # or folders would add up
-    args = parser(**earlier).parse_args(["train", *words, "--run", run])
-    changed = {name: was for name, was in saved.items() if vars(args)[name] != was}
-    fixed = {name: was for name, was in changed.items() if name in (*FIXED, "init")}
-    kept = " ".join(as_words(fixed)) or "no --init"  # as_words drops None, which only init can be
-    way_out = "; to begin anew, name another --run" if resumed else ""
-    require(not fixed, f"{start} has learned with {kept}, and that stays{way_out}")
-    for name, was in changed.items():
-        show(f"--{name} {vars(args)[name]}, was {was}")
-    if "optimizer" in changed:
-        args.lr = typed.lr  # the rate goes with the optimizer
-    del args.command
+def settings(**given):
+    """The settings of `train`: the defaults, with `given` laid over them. Raises Failure."""
+    args = parser().parse_args(["train"])
+    unknown = given.keys() - vars(args).keys()
+    require(not unknown, f"no such setting: {unknown}")
+    vars(args).update(given)
     complete(args)
     return args
 
 
+# What each number may be. (NaN lies in no range.)
+RANGES = dict.fromkeys("steps size channels blocks batch accum n".split(), (1, math.inf))
+RANGES |= dict.fromkeys("every guidance first".split(), (0, math.inf))
+RANGES |= dict.fromkeys("lr ema dropout".split(), (0, 1))
+
+
 def complete(args):
-    """Choose what is still None, and check what depends on each other. Raises Failure."""
+    """Choose what is still None, and check the numbers, for either command. Raises Failure."""
+    for name, (least, most) in RANGES.items():
+        value = getattr(args, name, None)
+        good = value is None or least <= value <= most
+        require(good, f"--{name} {value}: must be from {least} to {most}")
+    if args.command == "sample":
+        runs = filter(os.path.exists, ("run/checkpoint.pt", "run-drawn/checkpoint.pt"))
+        shipped = Path(__file__).parent / "samples" / "catdiffusion.pt"
+        args.checkpoint = args.checkpoint or str(max(runs, key=os.path.getmtime, default=shipped))
+        args.steps = args.steps or SAMPLERS[args.sampler].calls
+        require(args.steps <= TIMESTEPS, f"--steps {args.steps}: there are {TIMESTEPS} levels")
+        return
+    args.run = args.run or ("run" if args.data else "run-drawn")
     args.size = args.size or (64 if args.data else 32)
-    args.steps = args.steps or (50_000 if args.data else 2_000)  # many hours; some minutes
+    args.steps = args.steps or (50_000 if args.data else 2_000)
     rates = {"adam": 2e-4, "muon": 1e-3 if args.data else 2e-3}
     args.lr = args.lr or rates[args.optimizer]
     # One more floor for each doubling of the size: the lowest maps have 8 to 15 px (4 at 32).
@@ -1401,8 +1298,6 @@ def complete(args):
     sides = [args.size >> floor for floor in range(len(args.mults))]  # 64, 32, 16, 8
     if args.attention is None:  # only the largest map of at most 16 px
         args.attention = [side for side in sides if side <= 16][:1]
-    folders = [Path(folder).resolve() for folder in args.data or []]
-    require(Path(args.run).resolve() not in folders, f"--run {args.run}: is a folder of --data")
     halvings = len(sides) - 1
     require(args.size % 2**halvings == 0, f"--size {args.size}: cannot be halved {halvings} times")
     require(set(args.attention) <= set(sides), f"--attention: the maps have only the sides {sides}")
@@ -1411,50 +1306,61 @@ def complete(args):
     require(args.batch % parts == 0, f"--batch {args.batch}: must be a multiple of {parts}")
 
 
+def as_typed(settings, name):
+    """One of a dict of settings, as it is typed: `--mults 1 2 4 4`."""
+    value = settings.get(name)
+    several = value if isinstance(value, (list, tuple)) else [value]
+    return " ".join([f"--{name}", *map(str, several)])
+
+
+def differences(was, args, names):
+    """Those of the settings `was` that differ from `args`, as they are typed."""
+    words = [as_typed(was, name) for name in names]
+    return " ".join(word for word, name in zip(words, names) if word != as_typed(vars(args), name))
+
+
+def require_same_network(args, was, path):
+    """Raise Failure if the weights in `path` have learned with other settings than `args`."""
+    names = "size", "channels", "mults", "blocks", "attention", "schedule", "prediction"
+    other = differences(was, args, names)
+    require(not other, f"{path} has learned with {other}: add that, or name another --run")
+
+
 def main(argv):
     """Run the command line `argv` (without the program's name). Returns the exit code."""
+    args = parser().parse_args(argv)
     try:
-        args = parser().parse_args(argv)
+        complete(args)
         if args.command == "sample":
-            if RANK == 0:
-                write_samples(args)
+            write_samples(args)
             return 0
-        args = settings(*argv[1:])
         state = train(args)
         return 0 if state.step >= args.steps else 130  # as after Ctrl-C
     except KeyboardInterrupt:
-        message, code = "interrupted", 130
-    except Exception as e:
-        message, code = f"{e}", 2
-        if out_of_memory(e):
-            message = "out of memory: train with more --accum, sample with less --batch"
-        elif not isinstance(e, (Failure, OSError)):  # OSError: the disk is full, ...
+        return 130
+    except (Failure, OSError) as e:  # OSError: a file that cannot be read, ...
+        message = str(e)
+    except (MemoryError, RuntimeError) as e:
+        if not out_of_memory(e):
             raise  # a bug
-    message = " ".join(message.split())[:400]
+        message = "out of memory: train with more --accum, sample with less --batch"
     print(f"catdiffusion: {message:65}", file=sys.stderr)  # over a passing line
-    return code
-
-
-def show(text, passing=False):
-    """A line for the user; a passing one only in a terminal, where the next is written over it."""
-    if RANK == 0 and (sys.stdout.isatty() or not passing):  # one process speaks for all
-        # No terminal, odd names, a Ctrl-C in the middle of a line: the work goes on.
-        with contextlib.suppress(OSError, ValueError, RuntimeError):
-            print(f"{text:79}", end="\r" if passing else "\n", flush=True)
+    return 2
 
 
 # ==== PART 4: THE MACHINE ROOM ==================================================================
 
 # ---- Where to compute --------------------------------------------------------------------------
-# A TPU if there is one, else a GPU, else the processor. To bring in another accelerator, look at
-# `pick_device`, `uses_bf16`, `build_optimizer`, and at what else asks for "xla". To a TPU's
-# compiler a Python number is part of the program: another number, and it compiles anew. So what
-# changes from step to step is a tensor, made on the CPU and sent there.
+# A TPU if there is one, else a GPU, else the processor. These are all the places that know about
+# accelerators: `pick_device`, `uses_bf16`, `build_optimizer`, `end_of_step`, `share_out`,
+# `set_seed`, `out_of_memory`. To a TPU's compiler a Python number is part of the program: another
+# number, and it compiles anew. So what changes from step to step is a tensor, made on the CPU and
+# sent there.
 #
 # Many processes: `torchrun --nproc-per-node=4 -- catdiffusion.py train ...` starts this file four
 # times and gives each its number, RANK. Each has the whole network and does its part of every
 # batch, and DistributedDataParallel averages their gradients, so that all take the same step.
-# Number 0 alone decodes, saves and prints.
+# Number 0 alone writes files and lines.
 
 PLACE = os.environ if "TORCHELASTIC_RUN_ID" in os.environ else {}  # set by torchrun
 WORLD_SIZE = int(PLACE.get("WORLD_SIZE", 1))  # how many processes
@@ -1472,7 +1378,7 @@ def pick_device(name="auto"):
             with contextlib.suppress(ImportError):
                 import torch_xla.runtime
 
-                torch_xla.runtime.use_spmd()  # all cores of the host as one device: see over_cores
+                torch_xla.runtime.use_spmd()  # all cores of the host as one device: see share_out
                 if torch_xla.runtime.device_type() == pjrt:
                     return torch_xla.device()
         if name == "auto":
@@ -1503,34 +1409,17 @@ def autocast(device):
 def build(args, device):
     """The network and the diffusion that the settings describe, on `device`."""
     model = UNet(args.size, args.channels, args.mults, args.blocks, args.attention, args.dropout)
-    # In bf16 a GPU's convolutions want the channels last in memory (torch's tutorial on memory
-    # formats; not measured here). A CPU's group norm is slower that way.
-    last = uses_bf16(device) and device.type != "cpu"
-    layout = torch.channels_last if last else torch.contiguous_format
     diffusion = PREDICTIONS[args.prediction](SCHEDULES[args.schedule]())
-    return model.to(device, memory_format=layout), diffusion.float().to(device)
+    return model.to(device), diffusion.float().to(device)
 
 
 def build_optimizer(name, model, device):
-    """The optimizer of that name, for parameters on `device`; a broken step moves no weight."""
-
-    def skip_broken_step(optimizer, args, kwargs):
-        # If a gradient is not finite, clipping has made each of them 0 or NaN. They all become 0,
-        # and so does the rate: no weight moves. State.report sees the rate; nobody waits for it.
-        group = optimizer.param_groups[0]  # there is one
-        gradients = [p.grad for p in group["params"] if p.grad is not None]
-        finite = nn.utils.get_total_norm(gradients).isfinite()  # True or False, on the device
-        for gradient in gradients:
-            gradient.nan_to_num_(0, 0, 0)
-        group["lr"] = group["lr"] * finite
-
+    """The optimizer of that name, for parameters on `device`; train() sets its rate."""
     # Fused: Adam's update is one kernel (torch has none for a TPU). There the step counter must be
     # a tensor (capturable), as the rate is: a number would be compiled into the program.
     xla = device.type == "xla"
-    lr = torch.tensor(0.0, device=device)  # train() sets it
-    optimizer = OPTIMIZERS[name](model, lr=lr, fused=not xla, capturable=xla)
-    optimizer.register_step_pre_hook(skip_broken_step)
-    return optimizer
+    lr = torch.tensor(0.0, device=device)
+    return OPTIMIZERS[name](model, lr=lr, fused=not xla, capturable=xla)
 
 
 def end_of_step(device):
@@ -1539,8 +1428,9 @@ def end_of_step(device):
         sys.modules["torch_xla"].sync()
 
 
-def over_cores(batch):
-    """The tensors of a batch; on a TPU, cut into one part for each core of the host."""
+def share_out(batch):
+    """This process's part of a batch; on a TPU, marked to be cut into one part for each core."""
+    batch = [tensor[RANK::WORLD_SIZE] for tensor in batch]
     if batch[0].device.type == "xla":
         from torch_xla.distributed import spmd
 
@@ -1550,19 +1440,13 @@ def over_cores(batch):
     return batch
 
 
-def over_processes(model, accum):
-    """The model; with several processes, one that averages gradients after `accum` parts."""
+def over_processes(model):
+    """The model; with several processes, one that averages their gradients in `backward`."""
     if WORLD_SIZE == 1:
         return model
     torch.distributed.init_process_group()  # NCCL between GPUs, else gloo
-    model = nn.parallel.DistributedDataParallel(model)
-    calls = itertools.count(1)
-
-    def before_forward(model, inputs):  # train_step calls the model `accum` times
-        model.require_backward_grad_sync = next(calls) % accum == 0
-
-    model.register_forward_pre_hook(before_forward)
-    return model
+    atexit.register(torch.distributed.destroy_process_group)  # else its threads may abort
+    return nn.parallel.DistributedDataParallel(model)
 
 
 def hash_of(*parts):
@@ -1579,37 +1463,34 @@ def set_seed(device, *parts):
 
 def out_of_memory(error):
     """Whether an exception says that the memory is used up; torch has several ways to say so."""
-    told = "out of memory|not enough memory|can't allocate memory|alloc_failed"
-    return isinstance(error, MemoryError) or re.search(told, f"{error}", re.IGNORECASE)
+    told = "out of memory", "not enough memory", "allocate memory", "alloc_failed"
+    return isinstance(error, MemoryError) or any(words in str(error).lower() for words in told)
 
 
 @contextlib.contextmanager
 def stop_requests():
-    """Inside, Ctrl-C, SIGTERM and a closed terminal do not kill. A second Ctrl-C does.
+    """Inside, Ctrl-C and SIGTERM do not kill: they set a flag.
 
-    Yields asked(): whether one of them came, in any process. Each call of it waits for all.
+    Yields a function that says whether one of them came, in any process; each call waits for all.
     """
-    received = []
+    requests = []
 
-    def note(number, frame):
-        if number == signal.SIGINT and number in received and WORLD_SIZE == 1:
-            raise KeyboardInterrupt  # (torchrun sends even the first one twice)
-        received.append(number)
-        show("stopping after this step; a second Ctrl-C would not wait")
+    def handler(number, frame):
+        requests.append(number)
+        show("stopping after this training step")
 
-    def asked():
-        answer = torch.tensor(float(len(received)))
+    def stop_requested():
+        count = torch.tensor(len(requests))
         if WORLD_SIZE > 1:
-            torch.distributed.all_reduce(answer)  # the sum
-        return answer > 0
+            torch.distributed.all_reduce(count)  # the sum
+        return count > 0
 
     with contextlib.ExitStack() as at_the_end:
-        for number in {1, 2, 15} & signal.valid_signals():  # SIGHUP, SIGINT, SIGTERM; Windows: two
-            if signal.getsignal(number) != signal.SIG_IGN:  # nohup has it ignored
-                with contextlib.suppress(ValueError):  # only the main thread may do this
-                    before = signal.signal(number, note)
-                    at_the_end.callback(signal.signal, number, before)
-        yield asked
+        with contextlib.suppress(ValueError):  # only the main thread may do this
+            for number in (signal.SIGINT, signal.SIGTERM):
+                before = signal.signal(number, handler)
+                at_the_end.callback(signal.signal, number, before)
+        yield stop_requested
 
 
 # ---- Files -------------------------------------------------------------------------------------
@@ -1618,145 +1499,71 @@ def stop_requests():
 # only (weights_only), so a checkpoint from a stranger cannot run code.
 
 
-def end_of(path):
-    """The last bytes of a file (in a checkpoint, its checksums); b"" if there is no file."""
-    if not path.exists():
-        return b""
-    with open(path, "rb") as file:
-        file.seek(-min(4000, path.stat().st_size), os.SEEK_END)
-        return file.read()
-
-
-def write_whole(path, parts):
+def write_whole(path, data):
     """Write bytes to a file; it takes its name only when it is whole and on the disk."""
+    if RANK > 0:
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f"{path.name}.{os.getpid()}.part")  # beside it
+    new = path.with_name(f"{path.name}.part")
     try:
         with open(new, "wb") as file:
-            file.writelines(parts)
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())  # on the disk, not only in the system's memory
-        for _ in range(20):
-            with contextlib.suppress(PermissionError):  # Windows, while a program has it open
-                return os.replace(new, path)  # all or nothing
-            time.sleep(0.2)
-        os.replace(new, path)
+        os.replace(new, path)  # all or nothing
     except OSError as e:
-        raise OSError(f"{path} not written: {e}; what was saved before is safe") from None
+        raise Failure(f"{path} not written: {e}; what was saved before is safe") from None
     finally:
         new.unlink(missing_ok=True)
 
 
-def save_new(image, path, about, **how):
-    """Write a PNG or GIF with `about` as JSON in it, never over another. Returns its path."""
-    words = json.dumps(about)
-    text = PngImagePlugin.PngInfo()  # PNG's place for words; a GIF has a comment
-    text.add_text("catdiffusion", words)
-    comment = f"catdiffusion {words}".encode()
-    path, buffer = Path(path), io.BytesIO()
-    image.save(buffer, path.suffix[1:], pnginfo=text, comment=comment, **how)
-    while path.exists() and path.read_bytes() != buffer.getvalue() and not alike(path, image):
-        path = path.with_stem(f"{path.stem}-new")
-    write_whole(path, [buffer.getbuffer()])
-    return path
+def write_image(path, image, about, **how):
+    """Write a PIL image as PNG, with `about` as JSON in its text, or as GIF."""
+    path = Path(path)
+    text = PngImagePlugin.PngInfo()
+    text.add_text("catdiffusion", json.dumps(about))  # see read_picture
+    buffer = io.BytesIO()
+    image.save(buffer, path.suffix[1:], pnginfo=text, **how)
+    write_whole(path, buffer.getbuffer())
 
 
-def alike(path, image):
-    """Whether the picture in a file is this PIL image, up to rounding."""
-    old, new = (TF.pil_to_tensor(i.convert("RGB")).int() for i in (Image.open(path), image))
-    return old.shape == new.shape and (old - new).abs().max() < 3
-
-
-@contextlib.contextmanager
-def open_checkpoint(path):
-    """Yield what State.save wrote, on the CPU. Damage found in the `with` block is a Failure."""
-    files = Path(path, "checkpoint.pt"), Path(path, "config.json"), Path(path)
-    file = next((file for file in files if file.is_file()), None)
-    require(file, f"{path}: no checkpoint; make one: python catdiffusion.py train")
-    theirs = file.name == "config.json"
+def read_checkpoint(path):
+    """What State.save wrote, on the CPU. path: a file, or the folder of a run. Raises Failure."""
+    file = Path(path, "checkpoint.pt") if Path(path).is_dir() else Path(path)
+    require(file.exists(), f"{path}: no checkpoint; make one: python catdiffusion.py train")
     try:
-        yield read_folder(file.parent) if theirs else torch.load(file, "cpu", weights_only=True)
-    except Exception as e:  # a damaged file can raise anything
-        if isinstance(e, (Failure, OSError)) or out_of_memory(e):
-            raise
-        raise Failure(f"{path}: damaged, or not of this program and its network ({e!r})") from None
+        saved = torch.load(file, "cpu", weights_only=True)
+        whole = saved.keys() >= {"settings", "step", "ema"}
+    except Exception:  # a damaged file can raise anything
+        whole = False
+    require(whole, f"{file}: damaged, or not a checkpoint of this program")
+    return saved
 
 
 def load_checkpoint(path, device="cpu", guidance=1.0):
-    """A file of train's, or a folder of diffusers -> averaged network, diffusion, step.
+    """A checkpoint -> averaged network, diffusion, training step.
 
     guidance: if it is not 1 and the file has early weights, the network is a Guided one.
     """
-    with open_checkpoint(path) as saved:
-        defaults = vars(parser().parse_args(["train"]))  # for options that are newer than the file
-        args = argparse.Namespace(**defaults | saved["settings"])
-        model, diffusion = build(args, torch.device(device))
-        model.load_state_dict(saved["ema"])
-        if guidance != 1 and "early" in saved:
-            early = copy.deepcopy(model)
-            early.load_state_dict(saved["early"])
-            model = Guided(model, early, diffusion, guidance)
+    saved = read_checkpoint(path)
+    model, diffusion = build(argparse.Namespace(**saved["settings"]), torch.device(device))
+    model.load_state_dict(saved["ema"])
+    if guidance != 1 and "early" in saved:
+        early = copy.deepcopy(model)
+        early.load_state_dict(saved["early"])
+        model = Guided(model, early, diffusion, guidance)
     return model.eval().requires_grad_(False), diffusion, saved["step"]
 
 
-# ---- The paper's networks ----------------------------------------------------------------------
-# Ho's own networks (google/ddpm-ema-cat-256 and its family) live on in another layout: a folder
-# with config.json and the weights, under the names of Hugging Face's diffusers.
-
-# Words in their names of weights, and ours.
-THEIR_WORDS = """time_embedding.linear_1=time.0 time_embedding.linear_2=time.2 time_emb_proj=time
-    conv_norm_out=norm_out conv_shortcut=shortcut group_norm=norm mid_block=middle_blocks.0
-    samplers.0.conv=samplers.0 to_q=q to_k=k to_v=v to_out.0=out
-    query=q key=k value=v proj_attn=out"""
-# What makes their UNet2DModel the paper's network, and their scheduler its schedule.
-THE_PAPERS = {"act_fn": "silu", "attention_head_dim": None, "flip_sin_to_cos": False}
-THE_PAPERS |= {"freq_shift": 1, "downsample_padding": 0, "norm_eps": 1e-6, "norm_num_groups": 32}
-THE_PAPERS |= {"center_input_sample": False, "mid_block_scale_factor": 1}
-THE_PAPERS |= {"time_embedding_type": "positional", "resnet_time_scale_shift": "default"}
-THE_PAPERS |= {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
-THE_PAPERS |= {"trained_betas": None, "num_train_timesteps": 1000, "prediction_type": "epsilon"}
+# ---- Lines and sheets --------------------------------------------------------------------------
 
 
-def our_name(name, blocks):
-    """A weight's name in diffusers -> its name in our UNet with that many blocks a floor."""
-
-    def ours(found):
-        way, floor, kind, i = found.groups()
-        layers = {"down": blocks + 1, "middle": 0, "up": blocks + 2}[way]  # of ours, on each floor
-        place = layers - 1 if kind.endswith("samplers") else int(i)
-        end = ".attention" if kind == "attentions" else ""
-        return f"{way}.{int(floor) * layers + place}{end}"
-
-    for pair in THEIR_WORDS.split():
-        name = name.replace(*pair.split("="))
-    return re.sub(r"(down|middle|up)_blocks\.(\d+)\.(\w+)\.(\d+)", ours, name)
-
-
-def read_folder(folder):
-    """What State.save writes, as far as sampling needs it, from a folder of diffusers."""
-    config = json.loads((folder / "config.json").read_text())
-    if (path := folder / "scheduler_config.json").exists():
-        config |= json.loads(path.read_text())
-    config = {name: value for name, value in config.items() if value is not None}
-    # (An entry that is missing counts as the paper's.)
-    foreign = [name for name, value in THE_PAPERS.items() if config.get(name, value) != value]
-    kinds, widths = config["down_block_types"], config["block_out_channels"]
-    size, blocks = config["sample_size"], config["layers_per_block"]
-    foreign += set(kinds) - {"DownBlock2D", "AttnDownBlock2D"}  # blocks that we do not have
-    foreign += [f"width {width}" for width in widths if width < 128]  # other groups in `norm`
-    require(not foreign, f"{folder}: not the paper's network, {foreign}")
-    described = {"size": size, "blocks": blocks, "schedule": "linear", "prediction": "eps"}
-    described["channels"] = widths[0]
-    described["mults"] = [width // widths[0] for width in widths]
-    described["attention"] = [size >> i for i, kind in enumerate(kinds) if "Attn" in kind]
-    # Beside it there may be a .safetensors, which is another format.
-    weights = torch.load(folder / "diffusion_pytorch_model.bin", "cpu", weights_only=True)
-    weights = {our_name(name, blocks): value for name, value in weights.items()}
-    return {"settings": described, "ema": weights, "step": 0}
-
-
-# ---- Sheets ------------------------------------------------------------------------------------
-# From tensors to something to look at.
+def show(text, passing=False):
+    """A line for the user; a passing one only in a terminal, where the next is written over it."""
+    if RANK == 0 and (sys.stdout.isatty() or not passing):
+        # No terminal, odd names, a signal in the middle of a line: the work goes on.
+        with contextlib.suppress(OSError, ValueError, RuntimeError):
+            print(f"{text:79}", end="\r" if passing else "\n", flush=True)
 
 
 def to_images(x):
