@@ -982,19 +982,19 @@ def start_or_resume(args, device):
     set_seed(device, args.seed)  # the same network each time
     state = State(args, device)
     path = Path(args.run, "checkpoint.pt")
-    if path.exists():
-        saved = read_checkpoint(path)
-        was = saved["settings"]
-        require_same_network(args, was, path)
-        args.init = was["init"]  # a run begins only once
-        if changes := differences(was, args, vars(args)):
+    resumed = path.exists()
+    if resumed or args.init:
+        source = path if resumed else args.init
+        saved = read_checkpoint(source)
+        changes = compare(args, saved["settings"], source)
+    if resumed:
+        args.init = saved["settings"]["init"]  # a run begins only once
+        if changes:
             show(f"unlike the run so far, which had {changes}")
-        if args.optimizer != was["optimizer"]:
+        if args.optimizer != saved["settings"]["optimizer"]:
             saved["optimizer"] = state.optimizer.state_dict()  # the new one starts afresh
         state.load(saved)
     elif args.init:
-        saved = read_checkpoint(args.init)
-        require_same_network(args, saved["settings"], args.init)
         state.model.load_state_dict(saved["ema"])
         state.ema.model.load_state_dict(saved["ema"])
         state.early.load_state_dict(saved.get("early", saved["ema"]))
@@ -1059,8 +1059,7 @@ def train(args, pictures=None):
                 since = time.perf_counter()  # a preview is no training
                 next_preview = since + 60 * args.every
         state.save(args)
-    way_on = "rerun to resume" if state.step < args.steps else "more: --steps; anew: --run"
-    show(f"saved at step {state.step} of {args.steps} ({way_on}). Now sample:")
+    show(f"saved at step {state.step} of {args.steps}; rerun to go on. Now sample:")
     show(f'python catdiffusion.py sample -n 8 --checkpoint "{args.run}"')
     return state
 
@@ -1180,6 +1179,7 @@ def write_samples(args):
         times = [80] * (len(frames) - 1) + [3000]  # milliseconds: it rests on the last
         film = {"save_all": True, "append_images": frames[1:], "duration": times, "loop": 0}
         write_image(f"{stem}.gif", frames[0], about, **film)
+    show(f"{args.n} pictures and their sheet: {stem}-*")
 
 
 def beside_nearest(x, pictures):
@@ -1306,24 +1306,20 @@ def complete(args):
     require(args.batch % parts == 0, f"--batch {args.batch}: must be a multiple of {parts}")
 
 
-def as_typed(settings, name):
-    """One of a dict of settings, as it is typed: `--mults 1 2 4 4`."""
-    value = settings.get(name)
-    several = value if isinstance(value, (list, tuple)) else [value]
-    return " ".join([f"--{name}", *map(str, several)])
+def compare(args, was, path):
+    """Those settings of a checkpoint that differ from `args`, as they are typed.
 
-
-def differences(was, args, names):
-    """Those of the settings `was` that differ from `args`, as they are typed."""
-    words = [as_typed(was, name) for name in names]
-    return " ".join(word for word, name in zip(words, names) if word != as_typed(vars(args), name))
-
-
-def require_same_network(args, was, path):
-    """Raise Failure if the weights in `path` have learned with other settings than `args`."""
-    names = "size", "channels", "mults", "blocks", "attention", "schedule", "prediction"
-    other = differences(was, args, names)
-    require(not other, f"{path} has learned with {other}: add that, or name another --run")
+    Raises Failure if its weights have learned with another network, schedule or prediction.
+    """
+    words = {}
+    for name, value in was.items():
+        if json.dumps(value) != json.dumps(vars(args).get(name)):  # tuples are lists there
+            several = value if isinstance(value, (list, tuple)) else [value]
+            words[name] = " ".join([f"--{name}", *map(str, several)])
+    fixed = "size", "channels", "mults", "blocks", "attention", "schedule", "prediction"
+    learned = " ".join(words[name] for name in fixed if name in words)
+    require(not learned, f"{path} has learned with {learned}: add that, or name another --run")
+    return " ".join(words.values())
 
 
 def main(argv):
