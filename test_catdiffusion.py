@@ -154,12 +154,13 @@ def test_the_best_possible_loss_is_as_the_text_says():
     assert got == pytest.approx([float(loss) for loss, _ in told], abs=0.006) and len(told) == 3
 
 
-def test_ddim_is_of_first_order_and_extrapolating_of_second():
-    def best_x0_hat(x_t, abar):  # if all data is N(0, 1/16)
-        return x_t * abar.sqrt() / (16 - 15 * abar)
+def sixteenth(x_t, abar):  # all pixels are N(0, 1/16)
+    return x_t * abar.sqrt() / (16 - 15 * abar)
 
+
+def test_ddim_is_of_first_order_and_extrapolating_of_second():
     def error(sampler, calls):
-        chain = all_calls(sampler, calls, best_x0_hat, COSINE)
+        chain = all_calls(sampler, calls, sixteenth, COSINE)
         (first, x_T, _), *_, (last, _, x0) = chain
         abar = COSINE.alphas_cumprod[[first, last]]
         spread = (1 - abar * 15 / 16).sqrt()  # of all x_t; on the exact path x_t / spread stays
@@ -168,6 +169,17 @@ def test_ddim_is_of_first_order_and_extrapolating_of_second():
 
     assert 0.4 < error("ddim", 40) / error("ddim", 20) < 0.6  # twice the calls, half the error
     assert error("dpm", 40) < 0.3 * error("dpm", 20)  # twice the calls, a quarter of the error
+
+
+def test_extrapolating_gives_back_the_spread_that_large_steps_leave_out(monkeypatch):
+    text = TEXT.split("25 calls end with")[1][:300]
+    told = [float(number) for number in re.findall(r"(?:0|1)\.\d\d", text)]
+    got = []
+    for extrapolate in (0.0, 1.0, 0.8):
+        monkeypatch.setitem(cd.SAMPLERS, "x", cd.Sampler(cd.ddpm_step, extrapolate, 25))
+        *_, (_, _, x0) = all_calls("x", 25, sixteenth, COSINE)
+        got.append(x0.std().item() * 4)
+    assert got == pytest.approx(told, abs=0.015), got
 
 
 @pytest.mark.parametrize("sampler, calls", [("dpm-sde", 15), ("ddim", 2), ("ddpm", 6)])
