@@ -241,9 +241,9 @@ def train_step(model, diffusion, optimizer, batch, accum=1):
 # samplers of part 2 do without.)
 #
 # You can check all this without a network: put the formula for the two pictures in its place. Then
-# every sampler in this file ends at +1 for about three quarters of all seeds
-# (test_catdiffusion.py). A perfect network for a folder of photos would return just these photos.
-# New cats exist because ours cannot learn them by heart and generalises.
+# every sampler in this file ends at +1 for about three quarters of all seeds (the tests do it). A
+# perfect network for a folder of photos would return just these photos. New cats exist because ours
+# cannot learn them by heart and generalises.
 
 
 @torch.no_grad()
@@ -317,9 +317,8 @@ def norm(channels):
 class Attention(nn.Module):
     """Every pixel sees every other: how the left eye learns the colour of the right one.
 
-    Single-head self-attention; for small sides, as its cost grows with the side's fourth power. (At
-    8 px it would be cheap, too; the paper has it at 16 px and in the middle, which is at 8 px
-    here.)
+    Single-head self-attention; for small sides, as its cost grows with the side's fourth power. At
+    8 px it would be cheap, but there the paper has it in the middle only.
     """
 
     def __init__(self, channels):
@@ -367,14 +366,11 @@ class Downsample(nn.Conv2d):
 
 
 class Upsample(nn.Conv2d):
-    """Twice the side: repeat each pixel, then convolve.
-
-    (Transposed convolutions leave a grid, as their kernels overlap on some pixels more than
-    others.)
-    """
+    """Twice the side: repeat each pixel, then convolve."""
 
     def forward(self, x, emb):
-        # (F.interpolate would be one call, but a TPU hands its gradient to the CPU.)
+        # A transposed convolution would leave a grid: its kernels overlap unevenly. (F.interpolate
+        # would be one call, but a TPU hands its gradient to the CPU.)
         return super().forward(x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3))
 
 
@@ -480,15 +476,14 @@ class EMA:
 
 # ==== PART 2: SINCE THE PAPER ===================================================================
 
-# Six main departures; each ends with a measurement and the option that goes back. (Smaller ones are
-# in `EMA`, `get_batch` and `learning_rate`.) The two that act while sampling are judged by eye. For
-# the other four we train twice for 500 steps on drawn cats: with all four departures, then without
-# this one. The measurement is the squared error of x̂₀ on 256 other drawn cats (seed 0; a plain
-# grey picture scores 0.217). We compare at equal σ, as the same t means different noise in each
-# schedule. Read these errors with care: a schedule, the choice of levels and the prediction all set
-# one thing, how much each σ weighs in the loss (Kingma & Gao 2023, arXiv:2303.00848). Of our levels
-# 56 % have σ from 0.5 to 2; uniform t draws 41 %, the linear schedule with our levels 28 %. So an
-# error at σ = 1 is measured where our recipe trains most.
+# Six departures; each ends with a measurement and the option that goes back. The two that act while
+# sampling are judged by eye. For the other four we train twice for 500 steps on drawn cats: with
+# all four departures, then without this one. The measurement is the squared error of x̂₀ on 256
+# other drawn cats (seed 0; a plain grey picture scores 0.217). We compare at equal σ, as the same t
+# means different noise in each schedule. Read these errors with care: a schedule, the choice of
+# levels and the prediction all set one thing, how much each σ weighs in the loss (Kingma & Gao
+# 2023, arXiv:2303.00848). Of our levels 56 % have σ from 0.5 to 2; uniform t draws 41 %, the linear
+# schedule with our levels 28 %. So an error at σ = 1 is measured where our recipe trains most.
 
 # ---- A gentler schedule ------------------------------------------------------------------------
 # The paper's schedule leaves ᾱ = 0.003 at t = 750. In a small picture only the overall brightness

@@ -461,9 +461,12 @@ def test_the_same_command_resumes_and_what_differs_is_told(capsys, monkeypatch):
     assert "--steps 2 --batch 4 --optimizer muon --lr 0.002" in told
     saved = load("r/checkpoint.pt")
     assert saved["step"] == 4 and saved["settings"]["lr"] == 2e-4
-    for start in ("--run", "--init"):  # the network must be the same
-        assert run("train", *SMALL, "--mults", 1, 3, start, "r") == 2
-        assert "r/checkpoint.pt has learned with --mults 1 2:"[-29:] in capsys.readouterr().err
+    others = "--size 8", "--mults 1 3", "--blocks 2", "--schedule linear", "--prediction eps"
+    for start, other in zip(["--run", "--init", "--run", "--init", "--run"], others):
+        assert run("train", *SMALL, "--attention", 8, *other.split(), start, "r") == 2
+        name = other.split()[0]
+        was = {"--size": "16", "--mults": "1 2", "--blocks": "1", "--schedule": "cosine"}
+        assert f" has learned with {name} {was.get(name, 'v')}: " in capsys.readouterr().err
     words = "train", *SMALL, "--init", "r", "--run", "new", "--lr", 1e-4
     saved["early"] = {name: 2 * value for name, value in saved["early"].items()}
     torch.save(saved, "r/checkpoint.pt")
@@ -660,6 +663,5 @@ def test_two_processes_learn_what_one_does():
     assert run(*words, "one") == 0
     command = [sys.executable, *torchrun.split(), HERE / "catdiffusion.py", *words, "two"]
     subprocess.run(command, env=ENVIRONMENT | {"GLOO_SOCKET_IFNAME": "lo"}, check=True)
-    models = [cd.load_checkpoint(folder)[0] for folder in ("one", "two")]
-    one, two = (nn.utils.parameters_to_vector(model.parameters()) for model in models)
-    assert (one - two).norm() < 0.02 * one.norm()
+    one, two = (vector(load(f"{folder}/checkpoint.pt")["model"]) for folder in ("one", "two"))
+    assert (one - two).norm() < 0.05  # 0.44, if both processes take the same half
