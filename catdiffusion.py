@@ -76,8 +76,7 @@ TIMESTEPS = 1000  # T, how many noise levels there are
 #     signal_rate √ᾱ_t        1.000   0.722   0.279   0.057   0.006
 #     noise_rate √(1−ᾱ_t)     0.010   0.692   0.960   0.998   1.000
 #
-# Pictures have values from -1 to 1: centred at 0, as the noise is, and of similar size. With values
-# from 0 to 1 the contrast would be half as large, and each level would hide more than intended.
+# Pictures have values from -1 to 1: centred at 0, as the noise is, and of similar size.
 #
 # We know how x_t follows from x_{t−1}. We want the reverse. From x_t alone, Bayes' rule gives it
 # only if we know how likely each picture is. If we also know x₀, there is a formula, `q_posterior`
@@ -236,9 +235,8 @@ def train_step(model, diffusion, optimizer, batch, accum=1):
 # 0.01 in ε becomes 1.6 in the picture, and unclipped errors pile up to glaring colours.
 #
 # The paper tried two variances: that of Eq. 7, and β_t, which is a little larger. In a thousand
-# steps it makes no difference. In few steps β leaves too much noise, so we use Eq. 7. (Nichol &
-# Dhariwal 2021 let the network learn a variance in between. That helps most in few steps, and the
-# samplers of part 2 do without.)
+# steps it makes no difference. In few steps β leaves too much noise, so we use Eq. 7. (A network
+# can learn one in between, Nichol & Dhariwal 2021; our few steps do without.)
 #
 # You can check all this without a network: put the formula for the two pictures in its place. Then
 # every sampler in this file ends at +1 for about three quarters of all seeds (the tests do it). A
@@ -513,9 +511,8 @@ SCHEDULES = {"cosine": cosine_schedule, "linear": linear_schedule}
 #
 # With little noise v is nearly ε, with much it is nearly −x₀: always what the input does not show.
 # The squared error of v is that of ε plus that of x₀: neither end is forgotten. Recovering x₀ from
-# v needs no division. Why the name? The squares of √ᾱ_t and √(1−ᾱ_t) sum to 1,
-# so they are the cosine and the sine of an angle. As this angle grows with t, x_t moves on a
-# quarter of a circle from x₀ to ε, and v is its velocity. Error at σ = 10, where there is little to
+# v needs no division. (√ᾱ_t and √(1−ᾱ_t) are the cosine and the sine of an angle; as it grows, v is
+# the velocity of x_t.) Error at σ = 10, where there is little to
 # see: 0.13, with ε 0.30, worse than plain grey. Back to the paper: `train --prediction eps`.
 
 
@@ -687,13 +684,12 @@ def sample_at(levels, model, diffusion, sampler, x_t, fresh_noise, *cond):
 #
 #     prediction = early + w·(present − early),    w = 2.3
 #
-# (x̂₀ is mixed in the same way, as to_x0 is affine, and w and 1 − w sum to 1.) This is autoguidance
+# (x̂₀ is mixed alike: to_x0 is affine, and w and 1 − w sum to 1.) This is autoguidance
 # (Karras et al. 2024, arXiv:2406.02507; with a network without the label in place of the early one,
 # it is classifier-free guidance). The early network must make the same mistakes, but larger ones.
 # `train` keeps the averaged weights of training step 1,000, or of an eighth of the run if that is
 # later. Earlier ones differ in the colours, too: with those of step 126, drawn cats came out
-# glaring. (Those in samples/catdiffusion.pt, judged below, are older than this rule: of step 700 of
-# 8,542.)
+# glaring. (Those in samples/catdiffusion.pt are older than this rule: of step 700.)
 #
 # We guide only for σ from 5 to 0.5 (compare Kynkäänniemi et al. 2024, arXiv:2404.07724). Above 5
 # guidance exaggerates the colours; below 0.5 it adds a little contrast and costs ten calls. So six
@@ -747,7 +743,7 @@ class Muon(torch.optim.Adam):
     """Adam, except for matrices: those take steps that are equally long in all directions.
 
     Matrices: weights of linear layers and of convolutions (a row for each output channel), except
-    model.conv_out, the last layer. What is frozen is passed over.
+    model.conv_out, the last layer.
     """
 
     def __init__(self, model, **how):
@@ -756,25 +752,25 @@ class Muon(torch.optim.Adam):
         layers.remove(model.conv_out)
         self.stacks = {}  # shape -> matrices; a stack is worked on at once: fewer calls
         for p in [m.weight for m in layers if m.weight.requires_grad]:
-            # In Adam's words; exp_avg is the running mean of its gradients.
+            # As Adam has it; exp_avg is a running mean of the gradients.
             self.state[p] = {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(p)}
             self.stacks.setdefault(p.flatten(1).shape, []).append(p)
 
     @torch.no_grad()
     def step(self):
         for shape, stack in self.stacks.items():
-            means = []
             for p in stack:
-                mean = self.state[p]["exp_avg"].lerp_(p.grad, 0.05)  # of the last 20 or so,
-                means.append(p.grad.lerp(mean, 0.95).flatten(1))  # Nesterov: a bit more of this one
-                p.grad = None  # so Adam, below, passes it over
+                self.state[p]["exp_avg"].lerp_(p.grad, 0.05)  # of the last 20 or so
+            # Nesterov's momentum: a little more of the latest gradient.
+            means = [p.grad.lerp(self.state[p]["exp_avg"], 0.95).flatten(1) for p in stack]
             scale = (
                 0.2 * max(shape) ** 0.5
             )  # a step as long as Adam's (Liu et al., arXiv:2502.16982)
             rate = self.param_groups[0]["lr"] * scale
             for p, direction in zip(stack, orthogonal(torch.stack(means))):
                 p.sub_(rate * direction.view_as(p))
-        super().step()  # all the rest
+                p.grad = None  # so Adam passes it over
+        super().step()
 
 
 def orthogonal(m):
@@ -803,15 +799,14 @@ OPTIMIZERS = {"muon": Muon, "adam": adam}
 
 # ==== PART 3: THE PROGRAM =======================================================================
 
-# What is left: get the pictures, train, sample, read the command line. Whatever depends on the
-# machine is in part 4; here each of those things is one call whose name says what it does.
+# Whatever depends on the machine is in part 4; here it is one call whose name says what it does.
 
 # ---- Pictures ----------------------------------------------------------------------------------
 # Photos come in all shapes and states. We take the middle square (never squash: a squashed cat
 # teaches squashed cats), shrink it, and keep all pictures in memory as bytes, 12 KB each at 64 px.
-# A batch is then one indexing operation, and no worker process is ever needed. We decode at each
-# start, in threads. A file of decoded pictures would save that minute, but it can be out of date or
-# half written, and the code against that is longer than this section.
+# A batch is then one indexing operation, and no worker process is needed. We decode at each start,
+# in threads. A file of decoded pictures would save a minute, but it can be out of date or half
+# written, and the code against that bloats the program.
 
 FORMATS = "JPEG PNG WEBP BMP TIFF AVIF".split()  # in Pillow's words
 SUFFIXES = [end for end, kind in Image.registered_extensions().items() if kind in FORMATS]
@@ -919,16 +914,15 @@ def draw_cat(rng, size):
 
 
 # ---- Train -------------------------------------------------------------------------------------
-# The loop from the end of part 1, with what a run of many hours needs. A batch follows from the
-# number of the training step, so little must be kept: the `State`. One file holds it, and a stopped
-# run resumes as if it had never stopped.
+# The loop of part 1, for a run of many hours. A batch follows from the number of the training step,
+# so little must be kept: the `State`. One file holds it, and a stopped run resumes as if it had
+# never stopped.
 
 
 def get_batch(pictures, step, args, device):
     """A batch x0, t, eps for `train_step`, all of it from (args.seed, step) alone.
 
-    So a run that was stopped and resumed sees the same as one that never stopped. pictures: uint8
-    (N, 3, H, W). args: settings; batch and levels count here.
+    pictures: uint8 (N, 3, H, W). args: settings.
     """
     set_seed(device, args.seed, step)
     index = torch.randint(len(pictures), (args.batch,))
@@ -1433,7 +1427,7 @@ def build_optimizer(name, model, device):
     # Fused: Adam's update is one kernel (torch has none for a TPU). There the step counter must be
     # a tensor (capturable), as the rate is: a number would be compiled into the program.
     xla = device.type == "xla"
-    lr = torch.tensor(0.0, device=device)
+    lr = torch.tensor(0.0, device=device)  # train() sets it
     return OPTIMIZERS[name](model, lr=lr, fused=not xla, capturable=xla)
 
 
@@ -1450,7 +1444,7 @@ def share_out(batch):
         from torch_xla.distributed import spmd
 
         for tensor in batch:
-            axes = "batch", *[None] * (tensor.dim() - 1)
+            axes = "batch", *[None] * (tensor.dim() - 1)  # only the first is cut
             spmd.mark_sharding(tensor, spmd.get_1d_mesh("batch"), axes)
     return batch
 

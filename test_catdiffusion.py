@@ -270,6 +270,14 @@ RATES = [(0, 1000, 0.0025), (99, 1000, 0.25), (7, 40, 0.25), (199, 1000, 0.5), (
 RATES += [(3999, 50_000, 0.25), (900, 1000, 0.25), (999, 1000, 0.0025)]
 
 
+def test_the_text_tells_how_often_the_middle_is_learned():
+    u = torch.arange(1e5) / 1e5
+    for diffusion, levels, told in ((V, "middle", 56), (V, "uniform", 41), (EPS, "middle", 28)):
+        sigma = diffusion.sigma[cd.LEVELS[levels](u)]
+        share = ((sigma > 0.5) & (sigma < 2)).double().mean().item()
+        assert 100 * share == pytest.approx(told, abs=0.5) and f"{told} %" in TEXT
+
+
 def test_a_batch_is_a_function_of_seed_and_step_and_half_of_it_is_mirrored():
     def batch(step, seed):
         args = cd.settings(batch=64, levels="uniform", seed=seed)
