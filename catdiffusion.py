@@ -874,10 +874,10 @@ def read_picture(path, size):
 
 
 def face_box(path, width, height):
-    """The square around a face, as (left, top, right, bottom), inside width x height.
+    """The square around a face: (left, top, right, bottom), inside width x height.
 
-    path: a file of the CAT dataset (Zhang, Sun, Tang 2008), which lies beside the picture and marks
-    the eyes, the mouth and three points on each ear, in pixels: "9 x1 y1 ... x9 y9".
+    path: a file of the CAT dataset (Zhang, Sun, Tang 2008): "9 x1 y1 ... x9 y9", in pixels, are the
+    eyes, the mouth and three points on each ear.
     """
     nine, *points = map(int, Path(path).read_text().split())
     xs = points[0::2]
@@ -957,11 +957,10 @@ def learning_rate(step, steps, peak):
 
 
 class State:
-    """All that changes in a run. Its checkpoint holds this and the settings, and nothing else.
+    """All that changes in a run: what a checkpoint holds, beside the settings. Raises Failure.
 
-    model learns, ema.model is its average, early is an early copy of that (see Guidance). step:
-    training steps made, in so many `seconds`. log: a dict for each record. Made anew, from --init,
-    or from the checkpoint if the run has one. Raises Failure.
+    model learns, ema.model is its average, early an early copy of that (see Guidance). step:
+    training steps made, in so many `seconds`. log: a dict for each record.
     """
 
     def __init__(self, args, device):
@@ -1017,9 +1016,8 @@ class State:
 def train(args, pictures=None):
     """Train; resume if the run has a checkpoint. Returns the State. Raises Failure, OSError.
 
-    args: from settings(). pictures: uint8 (N, 3, size, size), instead of args.data. (`settings`,
-    without data, chooses size, lr and steps for drawn cats: for photos say size=64, lr=1e-3,
-    steps=50_000.)
+    args: from settings(). pictures: uint8 (N, 3, size, size), instead of args.data; then say size,
+    lr and steps, too, as the defaults without data are for drawn cats.
     """
     device = pick_device(args.device)
     state = State(args, device)
@@ -1078,10 +1076,8 @@ def train(args, pictures=None):
 
 
 def preview(state, args, pictures):
-    """Show how far the network has come. Nothing that goes wrong here ends the run.
-
-    previews/STEP.png: 16 samples, from the same noise each time. reconstruction.png, loss.png: see
-    their functions (the first is not guided). log.jsonl: the log, a line for each record.
+    """Show how far the network has come: samples, from the same noise each time; reconstruction;
+    loss curve; the log, a line for each record. Nothing that goes wrong here ends the run.
     """
     run = Path(args.run)
     try:
@@ -1100,8 +1096,8 @@ def preview(state, args, pictures):
 def reconstruction(model, diffusion, x0):
     """What the network makes of a photo (1, 3, H, W) in more and more noise.
 
-    Left the photo; then a column each for 1, 3, 5, 7 and 9 tenths of T. Row by row: x_t; x0_hat
-    after one call; and the picture at the end of the whole way back from there.
+    Left the photo; then 1, 3, 5, 7 and 9 tenths of T. Row by row: x_t; x0_hat after one call; the
+    picture at the end of the whole way back.
     """
     eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)).to(x0.device)
     columns = [torch.cat([x0, x0, x0])]
@@ -1126,8 +1122,8 @@ def loss_curve(log):
 
 
 # ---- Sample ------------------------------------------------------------------------------------
-# The other command. The checkpoint knows its network, so nothing has to be said twice. A file's
-# name says which weights made it: training step, seed, number. The file itself says the rest.
+# The checkpoint knows its network, so nothing has to be said twice. A picture's name says which
+# weights made it: training step, seed, number. The text inside the file says the rest.
 
 
 def sample(
@@ -1196,10 +1192,7 @@ def write_samples(args):
 
 
 def beside_nearest(x, pictures):
-    """A sheet of pairs: each picture of x (M, 3, H, W), and the nearest of `pictures`, uint8.
-
-    The distance is Euclid's, over all pixels.
-    """
+    """A sheet of pairs: each picture of x (M, 3, H, W), and the nearest of `pictures`."""
     pictures = torch.cat([pictures, pictures.flip(3)])  # as in training, either way round
     parts = [torch.cdist(x.flatten(1), as_floats(p).flatten(1)) for p in pictures.split(500)]
     nearest = torch.cat(parts, 1).argmin(1)  # (M,)
@@ -1207,9 +1200,8 @@ def beside_nearest(x, pictures):
 
 
 # ---- Command line ------------------------------------------------------------------------------
-# Two commands, one line an option: its default, and why. argparse tells what is wrong with one
-# option; `complete` what is wrong with several. Bad input gets a line and exit code 2; a bug of
-# ours shows its traceback.
+# Two commands, one line an option. argparse tells what is wrong with one option, `complete` what is
+# wrong with several. Bad input gets a line and exit code 2; a bug of ours shows its traceback.
 
 
 class Failure(Exception):
@@ -1283,7 +1275,6 @@ def settings(**given):
 
 # What each number may be. (NaN lies in no range.)
 RANGES = dict.fromkeys("steps size channels blocks batch accum n".split(), (1, math.inf))
-RANGES |= dict.fromkeys("every guidance first".split(), (0, math.inf))
 RANGES |= dict.fromkeys("lr ema dropout".split(), (0, 1))
 
 
@@ -1320,7 +1311,7 @@ def complete(args):
 
 
 def compare(args, was, path):
-    """Those settings of a checkpoint that differ from `args`, as they are typed.
+    """The settings of a checkpoint that differ from `args`, as they are typed.
 
     Raises Failure if its weights have learned with another network, schedule or prediction.
     """
@@ -1360,11 +1351,10 @@ def main(argv):
 # ==== PART 4: THE MACHINE ROOM ==================================================================
 
 # ---- Where to compute --------------------------------------------------------------------------
-# A TPU if there is one, else a GPU, else the processor. These are all the places that know about
-# accelerators: `pick_device`, `uses_bf16`, `build_optimizer`, `end_of_step`, `share_out`,
-# `set_seed`, `out_of_memory`. To a TPU's compiler a Python number is part of the program: another
-# number, and it compiles anew. So what changes from step to step is a tensor, made on the CPU and
-# sent there.
+# A TPU if there is one, else a GPU, else the processor. All that knows about accelerators:
+# `pick_device`, `uses_bf16`, `build_optimizer`, `end_of_step`, `share_out`, `set_seed`,
+# `out_of_memory`. To a TPU's compiler a Python number is part of the program: another number, and
+# it compiles anew. So what changes from step to step is a tensor, made on the CPU and sent there.
 #
 # Many processes: `torchrun --nproc-per-node=4 -- catdiffusion.py train ...` starts this file four
 # times and gives each its number, RANK. Each has the whole network and does its part of every
