@@ -999,6 +999,8 @@ class State:
         """Read it back. All but the network may differ from what it was: that is shown."""
         saved = read_checkpoint(self.path)
         was = saved["settings"]
+        lost = " ".join(was["data"] or [])
+        require(args.data or not lost, f"{self.path} has learned from {lost}: add --data")
         args.init = was["init"]  # a run begins only once
         if changes := compare(args, was, self.path):
             show(f"unlike the run so far, which had {changes}")

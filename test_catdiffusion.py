@@ -486,6 +486,11 @@ def test_the_same_command_resumes_and_what_differs_is_told(capsys, monkeypatch):
     assert (vector(new["ema"]) - old).norm() < 0.1 * moved
     torch.testing.assert_close(new["early"], saved["early"], rtol=0, atol=0)
     assert run("train", *SMALL, "--run", "new", "--steps", 3) == 0  # a run begins only once
+    photos = load("new/checkpoint.pt")
+    photos["settings"]["data"] = ["cats"]
+    torch.save(photos, "r/checkpoint.pt")  # a run on photos does not go on with drawn cats
+    assert run("train", *SMALL, "--run", "r") == 2
+    assert "has learned from cats: add --data" in capsys.readouterr().err
     assert load("new/checkpoint.pt")["settings"]["init"] == "r"
 
 
