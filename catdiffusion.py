@@ -986,9 +986,9 @@ class State:
 
     def save(self, args):
         """Write the checkpoint, all or nothing. Raises Failure."""
-        finite = all(p.isfinite().all() for p in self.model.parameters())
-        way_on = f"rerun with less --lr than {args.lr:g}; {self.path} stays as it was"
-        require(finite, f"weights that are not finite: {way_on}")
+        finite = nn.utils.parameters_to_vector(self.model.parameters()).isfinite().all()
+        way_on = f"{self.path} is as it was; rerun with a smaller --lr than {args.lr:g}"
+        require(finite, f"weights are no longer finite. {way_on}")
         data = {"settings": vars(args), "step": self.step, "seconds": self.seconds, "log": self.log}
         data |= {name: part.state_dict() for name, part in self.parts.items()}
         buffer = io.BytesIO()  # torch, writing to a full disk itself, may end the whole process
@@ -999,8 +999,8 @@ class State:
         """Read it back. All but the network may differ from what it was: that is shown."""
         saved = read_checkpoint(self.path)
         was = saved["settings"]
-        lost = " ".join(was["data"] or [])
-        require(args.data or not lost, f"{self.path} has learned from {lost}: add --data")
+        folders = " ".join(was["data"] or [])
+        require(args.data or not folders, f"{self.path} has learned from {folders}: add --data")
         args.init = was["init"]  # a run begins only once
         if changes := compare(args, was, self.path):
             show(f"unlike the run so far, which had {changes}")
@@ -1056,7 +1056,7 @@ def train(args, pictures=None):
                 mean_loss = sum(losses) / len(losses)
                 if not math.isfinite(mean_loss):
                     break  # `save` says what to do
-                speed = len(losses) / (now - since)
+                speed = len(losses) / (now - since)  # in steps a second
                 left = (args.steps - state.step) / speed / 60
                 text = f"step {state.step} of {args.steps}, loss {mean_loss:.4f}"
                 text += f", {speed * args.batch:.0f} pictures/s, {left:.0f} min left"
