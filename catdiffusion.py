@@ -188,13 +188,13 @@ def train_step(model, diffusion, optimizer, batch, accum=1):
     """One training step, a round of Algorithm 1. Returns the loss; it stays on the device.
 
     batch: x0 (B, 3, H, W), t (B,), eps like x0, and what else `model` takes. accum: cut the batch
-    into that many equal parts, run one after the other, to save memory. The gradient is the same.
+    into that many equal chunks, run one after the other, to save memory. The gradient is the same.
     """
     total = 0.0
     chunks = [tensor.chunk(accum) for tensor in batch]  # of x0, of t, of eps
-    for part in zip(*chunks):  # x0, t, eps of a smaller batch
-        loss = diffusion.loss(model, *part) / accum
-        loss.backward()  # adds to the gradient of the parts before
+    for chunk in zip(*chunks):  # x0, t, eps of a smaller batch
+        loss = diffusion.loss(model, *chunk) / accum
+        loss.backward()  # adds to the gradient of the chunks before
         total = total + loss.detach()  # the number alone, without its history
     # A gradient longer than 1 is scaled down to 1, so that one odd batch cannot do much harm.
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -212,9 +212,9 @@ def train_step(model, diffusion, optimizer, batch, accum=1):
 #
 #     x̂₀ = (3e^a − e^−a) / (3e^a + e^−a) = tanh(a + ½·ln 3)
 #
-# and the best possible loss on ε, the mean over many x_t, is 0.04 at t = 100, 0.38 at t = 250, 0.06
-# at t = 500. At low noise the picture gives the noise away. At high noise x_t is nearly the noise.
-# In between it is hard.
+# and the best possible loss on ε, the mean error of x̂₀ times ᾱ/(1−ᾱ), is 0.04 at t = 100, 0.38 at
+# t = 250, 0.06 at t = 500. At low noise the picture gives the noise away. At high noise x_t is
+# nearly the noise. In between it is hard.
 
 
 # ---- Sampling ----------------------------------------------------------------------------------
@@ -679,8 +679,8 @@ def sample_at(levels, model, diffusion, sampler, x_t, fresh_noise, *cond):
 # ---- Guidance ----------------------------------------------------------------------------------
 # Many samples still do not convince. x̂₀ is a mean over all pictures that the network thinks
 # possible, and where it has learned too little, broken cats are among them. Early in training there
-# were more. So the way from the early prediction to the present one leads to better cats, and we go
-# more than twice as far:
+# were more broken ones. So the way from the early prediction to the present one leads to better
+# cats, and we go more than twice as far:
 #
 #     prediction = early + w·(present − early),    w = 2.3
 #
