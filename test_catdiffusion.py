@@ -341,6 +341,12 @@ def test_the_network_is_the_papers_every_weight_is_used_and_small_layers_are_rig
     mixed = F.scaled_dot_product_attention(layer.q(y), layer.k(y), layer.v(y))
     expected = x + layer.out(mixed).transpose(1, 2).reshape(x.shape)
     torch.testing.assert_close(layer(x), expected, rtol=1e-3, atol=1e-3)
+    block, x, emb = cd.ResBlock(16, 32, 8), torch.randn(2, 16, 4, 4), torch.randn(2, 8)
+    nn.init.normal_(block.conv2.weight, std=0.1)  # it starts at zero
+    h = F.conv2d(F.silu(F.group_norm(x, 4, eps=1e-6)), block.conv1.weight, padding=1)
+    h = h + (F.silu(emb) @ block.time.weight.T)[:, :, None, None]
+    h = F.conv2d(F.silu(F.group_norm(h, 8, eps=1e-6)), block.conv2.weight, padding=1)
+    torch.testing.assert_close(block(x, emb), F.conv2d(x, block.shortcut.weight) + h)
 
 
 # ---- Pictures: written here by Pillow, so what must come out is known ---------------------------
