@@ -476,9 +476,10 @@ class EMA:
 # judged by eye. For the other four we train for 500 steps on drawn cats (fp32, seed 0): with all
 # four, then without one of them. The table has the squared error of x̂₀, times 1000, on 256 other
 # drawn cats, at equal σ, as the same t means different noise in each schedule. Plain grey has 214.
+# Seeds 0, 1 and 2 of the first row differ by 4 % at σ = 0.1, 2 % at 1, 9 % at 10.
 #
 #                                    σ = 0.1    σ = 1    σ = 10
-#     with all four                   SPREAD
+#     with all four                    1.26      11.4      126
 #     with the linear schedule         2.48      19.8      116
 #     with ε predicted                 0.89      11.0      292
 #     with uniform t                   1.06      14.3      119
@@ -487,7 +488,7 @@ class EMA:
 # Read it with care. A schedule, the choice of levels and the prediction all set one thing, how much
 # each σ weighs in the loss (Kingma & Gao 2023, arXiv:2303.00848). Of our levels 56 % have σ from
 # 0.5 to 2; uniform t draws 41 %, the linear schedule with our levels 28 %. So σ = 1 is where our
-# recipe trains most, and it pays for that at the ends.
+# recipe trains most, and it pays for that at 0.1. (At 10 only ε stands out from the seeds.)
 
 # ---- A gentler schedule ------------------------------------------------------------------------
 # The paper's schedule leaves ᾱ = 0.003 at t = 750. In a small picture only the overall brightness
