@@ -28,18 +28,15 @@ SMALL = "--size 16 --channels 8 --mults 1 2 --attention 8 --batch 4 --every 1000
 LINEAR, COSINE = cd.Diffusion(cd.linear_schedule()), cd.VDiffusion(cd.cosine_schedule())  # float64
 EPS, V = copy.deepcopy(LINEAR).float(), copy.deepcopy(COSINE).float()  # for networks
 load = partial(torch.load, weights_only=True)
-
-
-drawn = functools.cache(partial(cd.load_pictures, None))  # 2,000 cats take a second to draw
+load_pictures = cd.load_pictures
+drawn = functools.cache(partial(load_pictures, None))  # 2,000 cats take a second to draw
 
 
 @pytest.fixture(autouse=True)
 def in_an_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    load_pictures = cd.load_pictures
-    both = lambda folders, size: load_pictures(folders, size) if folders else drawn(size)  # noqa: E731
-    monkeypatch.setattr(cd, "load_pictures", both)
+    monkeypatch.setattr(cd, "load_pictures", lambda *a: load_pictures(*a) if a[0] else drawn(a[1]))
 
 
 def run(*words):
