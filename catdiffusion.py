@@ -998,7 +998,7 @@ class State:
         write_whole(self.path, buffer.getbuffer())
 
     def resume(self, args):
-        """Read it back. All but the network may differ from what it was: that is shown."""
+        """Read it back. Settings that differ from what they were are shown, if `compare` allows."""
         saved = read_checkpoint(self.path)
         was = saved["settings"]
         folders = " ".join(was["data"] or [])
@@ -1272,14 +1272,16 @@ def settings(**given):
     args = parser().parse_args(["train"])
     unknown = given.keys() - vars(args).keys()
     require(not unknown, f"no such setting: {unknown}")
-    vars(args).update(given)
+    # Paths become words and tuples lists: a checkpoint may hold plain values only (see Files).
+    vars(args).update(json.loads(json.dumps(given, default=str)))
+    args.data = [args.data] if isinstance(args.data, str) else args.data
     complete(args)
     return args
 
 
 # What each number may be. (NaN lies in no range.)
 RANGES = dict.fromkeys("steps size channels blocks batch accum n".split(), (1, math.inf))
-RANGES |= dict.fromkeys("lr ema dropout".split(), (0, 1))
+RANGES |= {"lr": (1e-9, 1), "ema": (0, 1), "dropout": (0, 1)}
 
 
 def complete(args):

@@ -574,7 +574,8 @@ def test_the_two_commands_end_to_end(capsys):
 
 
 def test_from_python_in_a_thread_and_a_picture_knows_how_it_was_made():
-    args = cd.settings(size=16, channels=8, mults=(1, 2), attention=[], steps=2, run="run")
+    assert cd.settings(data="cats").data == cd.settings(data=[Path("cats")]).data == ["cats"]
+    args = cd.settings(size=16, channels=8, mults=(1, 2), attention=[], steps=2, run=Path("run"))
     for wrong in ({"step": 3}, {"size": 60}, {"lr": math.nan}):
         with pytest.raises(cd.Failure, match=[*wrong][0]):
             cd.settings(**wrong)
@@ -633,9 +634,10 @@ def test_what_comes_with_the_program():
     assert Image.open("cat.png").size == (64, 64)
 
 
-ODD = """train --size 60|train --size x|train --batch 0|train --lr nan|train --dropout 2
-train --channels 33|train --attention 17|train --schedule square|train --siz 64|train --ema 2
-train --device nonsense|train --epochs 3|train --accum 5|paint|train --data nowhere|train --data
+ODD = """train --size 60|train --size x|train --batch 0|train --lr 0|train --dropout 2
+train --lr nan|train --attention 17|train --schedule square|train --siz 64|train --ema 2
+train --channels 33|train --device nonsense|train --epochs 3|train --accum 5|paint
+train --data nowhere|train --data
 train --data HERE/README.md|train --data HERE/.ci|sample -n 0|sample --steps 1001
 sample --nearest nowhere --checkpoint HERE/samples|sample --checkpoint no.pt"""
 
